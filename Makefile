@@ -1,0 +1,57 @@
+# Everything from a fresh clone: make, make demo, make test. Needs python3 (>= 3.10), a C++ compiler and make; nvcc is
+# optional. SYSTEM_TORCH=1 builds on the interpreter's own torch (>= 2.11), and needs no network if packages are there.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja wheel
+export NEUROMOD_EMULATOR := 1
+
+ifdef SYSTEM_TORCH
+VENV_FLAGS := --system-site-packages
+EXTRAS := papers,test
+else
+EXTRAS := dev
+endif
+
+.DEFAULT_GOAL := build
+.PHONY: build demo test test-full lint clean
+
+$(VENV)/.tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "neuromod_ext: expected Python >= 3.10, found " + sys.version.split()[0] + "; set PYTHON")'
+	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@if $(PY) -c 'import torch' 2>/dev/null; then :; \
+	elif [ -n "$(SYSTEM_TORCH)" ]; then \
+	  echo "neuromod_ext: SYSTEM_TORCH=1, but $(PYTHON) has no torch; install torch >= 2.11 for it" >&2; exit 1; \
+	else echo "neuromod_ext: installing $(TORCH)"; $(PIP) "$(TORCH)"; fi
+	@$(PIP) $(BUILD_TOOLS)
+	@touch $@
+
+# The build comes first, in view; pip's own call of it then finds everything made.
+build: $(VENV)/.tools
+	@$(PY) setup.py --quiet build_ext --inplace
+	@$(MAKE) --no-print-directory $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@echo "neuromod_ext: installing into $(VENV), with the packages of the demo and the tests"
+	@$(PIP) --no-build-isolation --editable ".[$(EXTRAS)]"
+	@touch $@
+
+demo: build
+	@$(PY) -m benchmarks.papers rotated $(ARGS)
+
+test: build
+	@$(PY) -m pytest -m "not full" $(ARGS)
+
+test-full: build
+	@$(PY) -m pytest $(ARGS)
+
+lint: build
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
+	@$(PY) -m mypy
+
+clean:
+	rm -rf build $(VENV) figures neuromod_ext/_C.*.so neuromod_ext.egg-info

@@ -1,0 +1,20 @@
+#include "common/tile_product.h"
+
+// One body, compiled per instruction set and chosen when the library is loaded.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define NEUROMOD_CLONES __attribute__((target_clones("avx512f", "avx2,fma", "default")))
+#else
+#define NEUROMOD_CLONES
+#endif
+
+namespace neuromod::detail {
+
+NEUROMOD_CLONES void double_row_product(int64_t cols, int64_t depth, const double* a, const double* b, double* c) {
+  for (int64_t d = 0; d < depth; ++d) {
+    const double s = a[d];
+    const double* row = b + d * kTile;
+    for (int64_t n = 0; n < cols; ++n) c[n] += s * row[n];
+  }
+}
+
+}  // namespace neuromod::detail

@@ -1,0 +1,234 @@
+// manifold_linear in CUDA: plain SIMT kernels for every dtype, the oracle of faster ones.
+//
+// All four contractions are built from one 64 x 64 product tile: 256 threads of 4 x 4 sums each, operands staged
+// through shared memory 16 deep. Sums run in float32 (float64 for float64): depth in order, then k in order. Any
+// strides; tails are masked in the loads; every output element is written once; no atomics.
+#include "common/cuda_kernel.h"
+#include "common/dispatch.h"
+#include "manifold_linear/manifold_linear.h"
+
+namespace neuromod {
+namespace {
+
+constexpr int kTile = 64;   // rows and columns of a tile
+constexpr int kDepth = 16;  // of a staged slice
+constexpr int kThreads = 256;
+constexpr int kPerThread = 4;              // rows, and columns, a thread sums
+constexpr int kSide = kTile / kPerThread;  // threads along a side
+constexpr int64_t kMaxGrid = 65535;        // of grid dimensions y and z
+
+/// This thread's elements of a product tile: rows row() + i, columns col() + j.
+template <class Acc>
+struct Fragment {
+  Acc at[kPerThread][kPerThread];
+
+  __device__ void clear() {
+    for (int i = 0; i < kPerThread; ++i)
+      for (int j = 0; j < kPerThread; ++j) at[i][j] = Acc(0);
+  }
+  static __device__ int row() { return threadIdx.x / kSide * kPerThread; }
+  static __device__ int col() { return threadIdx.x % kSide * kPerThread; }
+};
+
+/// product += A B over `depth`, where left(row, d) and right(d, col) give elements of the tile, 0 outside the operands.
+/// All threads of the block call it together.
+template <class Acc, class Left, class Right>
+__device__ void tile_product(int64_t depth, Left left, Right right, Fragment<Acc>& product) {
+  __shared__ Acc a[kDepth][kTile + 1];
+  __shared__ Acc b[kDepth][kTile + 1];
+  for (int64_t start = 0; start < depth; start += kDepth) {
+    for (int i = threadIdx.x; i < kDepth * kTile; i += kThreads) {
+      const int d = i % kDepth, n = i / kDepth;
+      const bool inside = start + d < depth;
+      a[d][n] = inside ? left(n, start + d) : Acc(0);
+      b[d][n] = inside ? right(start + d, n) : Acc(0);
+    }
+    __syncthreads();
+    for (int d = 0; d < kDepth; ++d)
+      for (int i = 0; i < kPerThread; ++i)
+        for (int j = 0; j < kPerThread; ++j)
+          product.at[i][j] += a[d][Fragment<Acc>::row() + i] * b[d][Fragment<Acc>::col() + j];
+    __syncthreads();
+  }
+}
+
+// out[b,t,n] = sum_k c[b,k] (sum_d rows[b,t,d] weight[k,d,n] + bias[k,n])
+// Grid: x column tiles, y row tiles (strided where there are more than a grid holds). Reads rows and weight once per
+// tile; 2 B T K depth cols flop. Serves forward (depth = i) and grad_input (depth = o).
+template <class T, class Acc>
+__global__ void __launch_bounds__(kThreads)
+    manifold_linear_mix_kernel(ManifoldLinearParams p, View rows, View weight, View out, int64_t depth, int64_t cols) {
+  const int64_t num_rows = p.batch * p.tokens, first_col = int64_t(blockIdx.x) * kTile;
+  for (int64_t first = int64_t(blockIdx.y) * kTile; first < num_rows; first += int64_t(gridDim.y) * kTile) {
+    Fragment<Acc> sum, product;
+    sum.clear();
+    for (int64_t k = 0; k < p.num_basis; ++k) {
+      product.clear();
+      tile_product<Acc>(
+          depth,
+          [&](int r, int64_t d) {
+            const int64_t row = first + r;
+            return row < num_rows ? to_acc<Acc>(*rows.at<T>(row / p.tokens, row % p.tokens, d)) : Acc(0);
+          },
+          [&](int64_t d, int n) {
+            return first_col + n < cols ? to_acc<Acc>(*weight.at<T>(k, d, first_col + n)) : Acc(0);
+          },
+          product);
+      for (int i = 0; i < kPerThread; ++i) {
+        const int64_t row = first + Fragment<Acc>::row() + i;
+        if (row >= num_rows) continue;
+        const Acc c = *p.coeff.at<Acc>(row / p.tokens, k);
+        for (int j = 0; j < kPerThread; ++j) {
+          const int64_t col = first_col + Fragment<Acc>::col() + j;
+          const Acc bias = p.bias && col < cols ? to_acc<Acc>(*p.bias.at<T>(k, col)) : Acc(0);
+          sum.at[i][j] += c * (product.at[i][j] + bias);
+        }
+      }
+    }
+    for (int i = 0; i < kPerThread; ++i) {
+      const int64_t row = first + Fragment<Acc>::row() + i;
+      for (int j = 0; j < kPerThread; ++j) {
+        const int64_t col = first_col + Fragment<Acc>::col() + j;
+        if (row < num_rows && col < cols) *out.at<T>(row / p.tokens, row % p.tokens, col) = from_acc<T>(sum.at[i][j]);
+      }
+    }
+  }
+}
+
+// row_sums[row,k] = sum_i (g P_k)[row,i] x[row,i], into the workspace.
+// Grid: x row tiles, y basis points (strided). Column tiles in order; the 16 threads of a row are folded in order.
+template <class T, class Acc>
+__global__ void __launch_bounds__(kThreads) manifold_linear_grad_coeff_rows_kernel(ManifoldLinearParams p) {
+  __shared__ Acc partial[kTile][kSide];
+  const int64_t num_rows = p.batch * p.tokens, first = int64_t(blockIdx.x) * kTile;
+  for (int64_t k = blockIdx.y; k < p.num_basis; k += gridDim.y) {
+    Acc dot[kPerThread] = {};
+    for (int64_t first_col = 0; first_col < p.in_features; first_col += kTile) {
+      Fragment<Acc> product;
+      product.clear();
+      tile_product<Acc>(
+          p.out_features,
+          [&](int r, int64_t o) {
+            const int64_t row = first + r;
+            return row < num_rows ? to_acc<Acc>(*p.output.at<T>(row / p.tokens, row % p.tokens, o)) : Acc(0);
+          },
+          [&](int64_t o, int n) {
+            return first_col + n < p.in_features ? to_acc<Acc>(*p.basis.at<T>(k, o, first_col + n)) : Acc(0);
+          },
+          product);
+      for (int i = 0; i < kPerThread; ++i) {
+        const int64_t row = first + Fragment<Acc>::row() + i;
+        for (int j = 0; j < kPerThread; ++j) {
+          const int64_t col = first_col + Fragment<Acc>::col() + j;
+          if (row < num_rows && col < p.in_features)
+            dot[i] += product.at[i][j] * to_acc<Acc>(*p.input.at<T>(row / p.tokens, row % p.tokens, col));
+        }
+      }
+    }
+    for (int i = 0; i < kPerThread; ++i) partial[Fragment<Acc>::row() + i][threadIdx.x % kSide] = dot[i];
+    __syncthreads();
+    if (threadIdx.x < kTile && first + threadIdx.x < num_rows) {
+      Acc sum = 0;
+      for (int i = 0; i < kSide; ++i) sum += partial[threadIdx.x][i];
+      static_cast<Acc*>(p.workspace)[(first + threadIdx.x) * p.num_basis + k] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+// dc[b,k] = sum_t row_sums[b,t,k], t in order; one thread an element.
+template <class Acc>
+__global__ void __launch_bounds__(kThreads) manifold_linear_grad_coeff_tokens_kernel(ManifoldLinearParams p) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.batch * p.num_basis) return;
+  const int64_t b = i / p.num_basis, k = i % p.num_basis;
+  Acc sum = 0;
+  for (int64_t t = 0; t < p.tokens; ++t) sum += static_cast<Acc*>(p.workspace)[(b * p.tokens + t) * p.num_basis + k];
+  *p.coeff.at<Acc>(b, k) = sum;
+}
+
+// dP[k,o,i] = sum_bt c[b,k] g[b,t,o] x[b,t,i]. Grid: x input tiles, y output tiles, z basis points (y and z strided).
+template <class T, class Acc>
+__global__ void __launch_bounds__(kThreads) manifold_linear_grad_basis_kernel(ManifoldLinearParams p) {
+  const int64_t first_in = int64_t(blockIdx.x) * kTile;
+  for (int64_t k = blockIdx.z; k < p.num_basis; k += gridDim.z) {
+    for (int64_t first_out = int64_t(blockIdx.y) * kTile; first_out < p.out_features;
+         first_out += int64_t(gridDim.y) * kTile) {
+      Fragment<Acc> product;
+      product.clear();
+      tile_product<Acc>(
+          p.batch * p.tokens,
+          [&](int o, int64_t row) {
+            if (first_out + o >= p.out_features) return Acc(0);
+            const int64_t b = row / p.tokens;
+            return *p.coeff.at<Acc>(b, k) * to_acc<Acc>(*p.output.at<T>(b, row % p.tokens, first_out + o));
+          },
+          [&](int64_t row, int n) {
+            if (first_in + n >= p.in_features) return Acc(0);
+            return to_acc<Acc>(*p.input.at<T>(row / p.tokens, row % p.tokens, first_in + n));
+          },
+          product);
+      for (int i = 0; i < kPerThread; ++i) {
+        const int64_t o = first_out + Fragment<Acc>::row() + i;
+        for (int j = 0; j < kPerThread; ++j) {
+          const int64_t col = first_in + Fragment<Acc>::col() + j;
+          if (o < p.out_features && col < p.in_features) *p.basis.at<T>(k, o, col) = from_acc<T>(product.at[i][j]);
+        }
+      }
+    }
+  }
+}
+
+unsigned tiles(int64_t n) { return static_cast<unsigned>(ceil_div(n, kTile)); }
+unsigned bounded(int64_t n) { return static_cast<unsigned>(n < kMaxGrid ? n : kMaxGrid); }
+
+/// Calls f with the element type's tag; reports what its launches came to.
+template <class F>
+int launch(const ManifoldLinearParams& p, F&& f) {
+  dispatch_dtype<__half, __nv_bfloat16>(p.dtype, f);
+  return launch_status();
+}
+
+int launch_mix(const ManifoldLinearParams& p, View rows, View weight, View out, int64_t depth, int64_t cols,
+               stream_t stream) {
+  const dim3 grid(tiles(cols), bounded(ceil_div(p.batch * p.tokens, kTile)));
+  return launch(p, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    NEUROMOD_LAUNCH((manifold_linear_mix_kernel<T, accumulator_t<T>>), grid, dim3(kThreads), 0, stream, p, rows, weight,
+                    out, depth, cols);
+  });
+}
+
+}  // namespace
+
+int launch_manifold_linear_forward(const ManifoldLinearParams& p, stream_t stream) {
+  const View transposed{p.basis.data, {p.basis.stride[0], p.basis.stride[2], p.basis.stride[1]}};
+  return launch_mix(p, p.input, transposed, p.output, p.in_features, p.out_features, stream);
+}
+
+int launch_manifold_linear_grad_input(const ManifoldLinearParams& p, stream_t stream) {
+  return launch_mix(p, p.output, p.basis, p.input, p.out_features, p.in_features, stream);
+}
+
+int launch_manifold_linear_grad_basis(const ManifoldLinearParams& p, stream_t stream) {
+  return launch(p, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const dim3 grid(tiles(p.in_features), bounded(tiles(p.out_features)), bounded(p.num_basis));
+    NEUROMOD_LAUNCH((manifold_linear_grad_basis_kernel<T, accumulator_t<T>>), grid, dim3(kThreads), 0, stream, p);
+  });
+}
+
+int launch_manifold_linear_grad_coeff(const ManifoldLinearParams& p, stream_t stream) {
+  return launch(p, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Acc = accumulator_t<T>;
+    if (p.batch * p.tokens > 0) {
+      const dim3 grid(tiles(p.batch * p.tokens), bounded(p.num_basis));
+      NEUROMOD_LAUNCH((manifold_linear_grad_coeff_rows_kernel<T, Acc>), grid, dim3(kThreads), 0, stream, p);
+    }
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.batch * p.num_basis, kThreads)));
+    NEUROMOD_LAUNCH((manifold_linear_grad_coeff_tokens_kernel<Acc>), grid, dim3(kThreads), 0, stream, p);
+  });
+}
+
+}  // namespace neuromod

@@ -1,0 +1,20 @@
+// manifold_metric: G[j,k] = sum_n w[n] c[n,j] c[n,k], the integrated metric (Gram matrix) of conditions' coefficients.
+#pragma once
+
+#include "common/params.h"
+
+namespace neuromod {
+
+struct ManifoldMetricParams {
+  DType dtype;        // float64 or float32, of all operands
+  int64_t count;      // N: conditions
+  int64_t num_basis;  // K
+  View coeff;         // c [N, K]
+  View weight;        // w [N], or null for 1 / N
+  View out;           // G [K, K]
+};
+
+void manifold_metric_cpu(const ManifoldMetricParams& p);
+int launch_manifold_metric(const ManifoldMetricParams& p, stream_t stream);
+
+}  // namespace neuromod

@@ -1,0 +1,291 @@
+"""The errors of the ops, in Python: the twin of ``csrc/common/checks.h``.
+
+Kernels check their own arguments. These checks run where no kernel does: in the fakes that
+``torch.compile`` traces, and in the pure-PyTorch reference. A test compares the words of both.
+
+Form: ``<op>: expected <argument> <requirement>, got <actual>[; <remedy>]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, coefficients and metrics: float64 for float64, float32 otherwise."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tensors(op: str, **arguments: object) -> None:
+    """Every argument is a tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a Tensor, got {type(value).__name__}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return "[" + ", ".join("..." if size == -1 else str(size) for size in sizes) + "]"
+
+
+def _floating(op: str, name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATING:
+        raise TypeError(
+            f"{op}: expected {name} of dtype float64, float32, bfloat16 or float16, "
+            f"got {_name(t.dtype)}"
+        )
+
+
+def _device_like(op: str, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    if t.device != like.device:
+        raise ValueError(
+            f"{op}: expected {name} on {like.device} (where {like_name} is), got {t.device}; "
+            "move one of them"
+        )
+
+
+def _like(op: str, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    if t.dtype != like.dtype:
+        raise TypeError(
+            f"{op}: expected {name} of dtype {_name(like.dtype)} (that of {like_name}), "
+            f"got {_name(t.dtype)}; convert one of them"
+        )
+    _device_like(op, name, t, like_name, like)
+
+
+def _accumulation_like(op: str, name: str, t: Tensor, like_name: str, like: Tensor) -> None:
+    want = accumulation_dtype(like.dtype)
+    if t.dtype != want:
+        raise TypeError(
+            f"{op}: expected {name} of dtype {_name(want)} (in which sums over "
+            f"{_name(like.dtype)} {like_name} run), got {_name(t.dtype)}; "
+            f"convert it with .to({want})"
+        )
+    _device_like(op, name, t, like_name, like)
+
+
+def _rank(op: str, name: str, t: Tensor, rank: int, symbols: str, *, exact: bool = True) -> None:
+    if t.dim() < rank or (exact and t.dim() != rank):
+        raise ValueError(f"{op}: expected {name} of shape {symbols}, got {_shape(t.shape)}")
+
+
+def _same_shape(op: str, name: str, t: Tensor, symbols: str, want: Sequence[int]) -> None:
+    """The shape equals ``want``; one -1 in it stands for any number of dimensions."""
+    got = t.shape
+    if -1 in want:
+        head = list(want).index(-1)
+        tail = len(want) - head - 1
+        same = (
+            len(got) >= head + tail
+            and tuple(got[:head]) == tuple(want[:head])
+            and tuple(got[len(got) - tail :]) == tuple(want[head + 1 :])
+        )
+    else:
+        same = tuple(got) == tuple(want)
+    if not same:
+        raise ValueError(
+            f"{op}: expected {name} of shape {symbols} = {_shape(want)}, got {_shape(got)}"
+        )
+
+
+def _num_basis(op: str, name: str, num_basis: int) -> None:
+    if num_basis < 1:
+        raise ValueError(f"{op}: expected {name} with at least one basis point (K >= 1), got K = 0")
+
+
+def _basis(op: str, basis: Tensor, like_name: str, like: Tensor) -> None:
+    _like(op, "basis", basis, like_name, like)
+    _rank(op, "basis", basis, 3, "[K, O, I]")
+    _num_basis(op, "basis", basis.shape[0])
+
+
+def _coeff(op: str, coeff: Tensor, like_name: str, like: Tensor) -> None:
+    _accumulation_like(op, "coeff", coeff, like_name, like)
+    _rank(op, "coeff", coeff, 2, "[B, K]")
+
+
+def manifold_linear(input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None) -> None:
+    op = "manifold_linear"
+    _floating(op, "input", input)
+    _rank(op, "input", input, 2, "[B, ..., I]", exact=False)
+    _basis(op, basis, "input", input)
+    _coeff(op, coeff, "input", input)
+    K, O, I = basis.shape
+    B = input.shape[0]
+    _same_shape(op, "input", input, "[B, ..., I]", [B, -1, I])
+    _same_shape(op, "coeff", coeff, "[B, K]", [B, K])
+    if bias is not None:
+        _like(op, "bias", bias, "input", input)
+        _same_shape(op, "bias", bias, "[K, O]", [K, O])
+
+
+def manifold_linear_grad_input(grad_output: Tensor, basis: Tensor, coeff: Tensor) -> None:
+    op = "manifold_linear_grad_input"
+    _floating(op, "grad_output", grad_output)
+    _rank(op, "grad_output", grad_output, 2, "[B, ..., O]", exact=False)
+    _basis(op, basis, "grad_output", grad_output)
+    _coeff(op, coeff, "grad_output", grad_output)
+    K, O, _ = basis.shape
+    B = grad_output.shape[0]
+    _same_shape(op, "grad_output", grad_output, "[B, ..., O]", [B, -1, O])
+    _same_shape(op, "coeff", coeff, "[B, K]", [B, K])
+
+
+def manifold_linear_grad_basis(grad_output: Tensor, input: Tensor, coeff: Tensor) -> None:
+    op = "manifold_linear_grad_basis"
+    _floating(op, "grad_output", grad_output)
+    _rank(op, "grad_output", grad_output, 2, "[B, ..., O]", exact=False)
+    _like(op, "input", input, "grad_output", grad_output)
+    _coeff(op, coeff, "grad_output", grad_output)
+    B, K = grad_output.shape[0], coeff.shape[1]
+    in_features = input.shape[-1] if input.dim() > 0 else 0
+    _same_shape(op, "input", input, "[B, ..., I]", [*grad_output.shape[:-1], in_features])
+    _same_shape(op, "coeff", coeff, "[B, K]", [B, K])
+    _num_basis(op, "coeff", K)
+
+
+def manifold_linear_grad_coeff(grad_output: Tensor, input: Tensor, basis: Tensor) -> None:
+    op = "manifold_linear_grad_coeff"
+    _floating(op, "grad_output", grad_output)
+    _rank(op, "grad_output", grad_output, 2, "[B, ..., O]", exact=False)
+    _like(op, "input", input, "grad_output", grad_output)
+    _basis(op, basis, "grad_output", grad_output)
+    _, O, I = basis.shape
+    B = grad_output.shape[0]
+    _same_shape(op, "grad_output", grad_output, "[B, ..., O]", [B, -1, O])
+    _same_shape(op, "input", input, "[B, ..., I]", [*grad_output.shape[:-1], I])
+
+
+def interpolate_weights(basis: Tensor, coeff: Tensor) -> None:
+    op = "interpolate_weights"
+    _floating(op, "basis", basis)
+    _rank(op, "basis", basis, 1, "[K, ...]", exact=False)
+    _num_basis(op, "basis", basis.shape[0])
+    _accumulation_like(op, "coeff", coeff, "basis", basis)
+    _rank(op, "coeff", coeff, 2, "[B, K]")
+    _same_shape(op, "coeff", coeff, "[B, K]", [coeff.shape[0], basis.shape[0]])
+
+
+def interpolate_weights_grad_basis(grad_output: Tensor, coeff: Tensor) -> None:
+    op = "interpolate_weights_grad_basis"
+    _floating(op, "grad_output", grad_output)
+    _rank(op, "grad_output", grad_output, 1, "[B, ...]", exact=False)
+    _accumulation_like(op, "coeff", coeff, "grad_output", grad_output)
+    _rank(op, "coeff", coeff, 2, "[B, K]")
+    _same_shape(op, "coeff", coeff, "[B, K]", [grad_output.shape[0], coeff.shape[1]])
+
+
+def interpolate_weights_grad_coeff(grad_output: Tensor, basis: Tensor) -> None:
+    op = "interpolate_weights_grad_coeff"
+    _floating(op, "grad_output", grad_output)
+    _rank(op, "grad_output", grad_output, 1, "[B, ...]", exact=False)
+    _like(op, "basis", basis, "grad_output", grad_output)
+    _rank(op, "basis", basis, 1, "[K, ...]", exact=False)
+    _same_shape(op, "basis", basis, "[K, ...]", [basis.shape[0], *grad_output.shape[1:]])
+
+
+def manifold_metric(coeff: Tensor, weight: Tensor | None) -> None:
+    op = "manifold_metric"
+    if coeff.dtype not in (torch.float64, torch.float32):
+        raise TypeError(
+            f"{op}: expected coeff of dtype float64 or float32, got {_name(coeff.dtype)}; "
+            "convert it with .float()"
+        )
+    _rank(op, "coeff", coeff, 2, "[N, K]")
+    if weight is not None:
+        _like(op, "weight", weight, "coeff", coeff)
+        _same_shape(op, "weight", weight, "[N]", [coeff.shape[0]])
+    elif coeff.shape[0] < 1:
+        raise ValueError(f"{op}: expected coeff of at least one condition (N >= 1), got N = 0")
+
+
+def manifold_step_(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    metric_inverse: Tensor | None,
+    **numbers: float,
+) -> None:
+    op = "manifold_step_"
+    _floating(op, "param", param)
+    _rank(op, "param", param, 1, "[K, ...]", exact=False)
+    _like(op, "grad", grad, "param", param)
+    _same_shape(op, "grad", grad, "[K, ...]", param.shape)
+    if momentum_buffer is not None:
+        _like(op, "momentum_buffer", momentum_buffer, "param", param)
+        _same_shape(op, "momentum_buffer", momentum_buffer, "[K, ...]", param.shape)
+    elif numbers["momentum"] != 0:
+        raise ValueError(
+            f"{op}: expected a momentum_buffer for momentum != 0, got None; "
+            "pass a tensor like param"
+        )
+    if metric_inverse is not None:
+        _accumulation_like(op, "metric_inverse", metric_inverse, "param", param)
+        K = param.shape[0]
+        _same_shape(op, "metric_inverse", metric_inverse, "[K, K]", [K, K])
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{op}: expected {name} to be finite, got {value}")
+
+
+def manifold_conv(
+    op: str,
+    dims: int,
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    groups: int,
+) -> None:
+    """The convolutions run on torch's own, whose errors speak of weights no user ever saw."""
+    letters = "DHW"[3 - dims :] if dims > 1 else "L"
+    space = ", ".join(letters)
+    kernel = ", ".join("k" + letter for letter in letters)
+    _floating(op, "input", input)
+    _device_like(op, "basis", basis, "input", input)
+    if not torch.is_autocast_enabled(input.device.type):
+        _like(op, "basis", basis, "input", input)
+    _rank(op, "basis", basis, 3 + dims, f"[K, O, C / groups, {kernel}]")
+    _num_basis(op, "basis", basis.shape[0])
+    _accumulation_like(op, "coeff", coeff, "basis", basis)
+    K, O = basis.shape[:2]
+    if groups < 1 or O % groups != 0:
+        raise ValueError(f"{op}: expected groups >= 1 that divides O = {O}, got {groups}")
+    one_condition = coeff.dim() == 1 or (coeff.dim() == 2 and coeff.shape[0] == 1)
+    if not one_condition:
+        _rank(op, "input", input, 2 + dims, f"[B, C, {space}]")
+        _rank(op, "coeff", coeff, 2, "[B, K]")
+        _same_shape(op, "coeff", coeff, "[B, K]", [input.shape[0], K])
+    elif input.dim() not in (1 + dims, 2 + dims):
+        raise ValueError(
+            f"{op}: expected input of shape [B, C, {space}] or [C, {space}], "
+            f"got {_shape(input.shape)}"
+        )
+    else:
+        _same_shape(op, "coeff", coeff, "[..., K]", [-1, K])
+    channels = input.shape[-1 - dims]
+    if channels != basis.shape[2] * groups:
+        raise ValueError(
+            f"{op}: expected input of {basis.shape[2] * groups} channels (basis.shape[2] * groups "
+            f"= {basis.shape[2]} * {groups}), got {channels}"
+        )
+    if bias is not None:
+        _like(op, "bias", bias, "basis", basis)
+        _same_shape(op, "bias", bias, "[K, O]", [K, O])
+
+
+def natural_gradient(coeff: Tensor, metric_inverse: Tensor) -> None:
+    op = "natural_gradient"
+    _rank(op, "coeff", coeff, 2, "[B, K]")
+    _like(op, "metric_inverse", metric_inverse, "coeff", coeff)
+    K = coeff.shape[1]
+    _same_shape(op, "metric_inverse", metric_inverse, "[K, K]", [K, K])

@@ -1,0 +1,162 @@
+"""The compiled ops: loading the extension, explaining a failure, and the ops' fakes.
+
+``EXTENSION`` says whether the kernels are there. Where they are not (no compiler, another torch),
+everything runs on :mod:`neuromod_ext.reference`, slower but the same; ``LOAD_ERROR`` says why.
+``NEUROMOD_REFERENCE=1`` in the environment asks for the reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from neuromod_ext import _checks, reference
+from neuromod_ext._checks import accumulation_dtype
+
+NAMES = (
+    "manifold_linear",
+    "manifold_linear_grad_input",
+    "manifold_linear_grad_basis",
+    "manifold_linear_grad_coeff",
+    "interpolate_weights",
+    "interpolate_weights_grad_basis",
+    "interpolate_weights_grad_coeff",
+    "manifold_metric",
+    "manifold_step_",
+)
+
+
+def _release(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def _built_against(binary: Path) -> str:
+    """The torch version a binary was built against, read from its text without loading it."""
+    match = re.search(rb"neuromod_ext built against torch ([^\0]+)", binary.read_bytes())
+    return match.group(1).decode() if match else "unknown"
+
+
+def _load() -> str | None:
+    """Load the kernels; what stood in the way, or None."""
+    if os.environ.get("NEUROMOD_REFERENCE") == "1":
+        return "NEUROMOD_REFERENCE=1 asks for the reference"
+    spec = importlib.util.find_spec("neuromod_ext._C")
+    if spec is None or spec.origin is None:
+        return (
+            "neuromod_ext._C is not built for this interpreter; run `make`, or `pip install "
+            "--no-build-isolation .` in the source tree"
+        )
+    built = _built_against(Path(spec.origin))
+    if _release(built) != _release(torch.__version__):
+        return (
+            f"neuromod_ext._C was built against torch {built}, but torch {torch.__version__} is "
+            "running; rebuild it"
+        )
+    try:
+        from neuromod_ext import _C  # noqa: F401  (loading it registers the ops)
+    except ImportError as error:
+        return (
+            f"neuromod_ext._C, built against torch {built}, does not load under torch "
+            f"{torch.__version__}: {error}; rebuild it"
+        )
+    return None
+
+
+LOAD_ERROR = _load()
+EXTENSION = LOAD_ERROR is None
+if not EXTENSION and os.environ.get("NEUROMOD_REFERENCE") != "1":
+    warnings.warn(
+        f"neuromod_ext: the compiled kernels are missing, so the slower reference runs: "
+        f"{LOAD_ERROR}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+if EXTENSION:
+    OPS: dict[str, Callable[..., Tensor]] = {
+        name: getattr(torch.ops.neuromod_ext, name).default for name in NAMES
+    }
+else:
+    OPS = {name: getattr(reference, name) for name in NAMES}
+
+
+def _fake_manifold_linear(
+    input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    _checks.manifold_linear(input, basis, coeff, bias)
+    return input.new_empty(*input.shape[:-1], basis.shape[1])
+
+
+def _fake_manifold_linear_grad_input(grad_output: Tensor, basis: Tensor, coeff: Tensor) -> Tensor:
+    _checks.manifold_linear_grad_input(grad_output, basis, coeff)
+    return grad_output.new_empty(*grad_output.shape[:-1], basis.shape[2])
+
+
+def _fake_manifold_linear_grad_basis(grad_output: Tensor, input: Tensor, coeff: Tensor) -> Tensor:
+    _checks.manifold_linear_grad_basis(grad_output, input, coeff)
+    return grad_output.new_empty(coeff.shape[1], grad_output.shape[-1], input.shape[-1])
+
+
+def _fake_manifold_linear_grad_coeff(grad_output: Tensor, input: Tensor, basis: Tensor) -> Tensor:
+    _checks.manifold_linear_grad_coeff(grad_output, input, basis)
+    dtype = accumulation_dtype(grad_output.dtype)
+    return grad_output.new_empty(grad_output.shape[0], basis.shape[0], dtype=dtype)
+
+
+def _fake_interpolate_weights(basis: Tensor, coeff: Tensor) -> Tensor:
+    _checks.interpolate_weights(basis, coeff)
+    return basis.new_empty(coeff.shape[0], *basis.shape[1:])
+
+
+def _fake_interpolate_weights_grad_basis(grad_output: Tensor, coeff: Tensor) -> Tensor:
+    _checks.interpolate_weights_grad_basis(grad_output, coeff)
+    return grad_output.new_empty(coeff.shape[1], *grad_output.shape[1:])
+
+
+def _fake_interpolate_weights_grad_coeff(grad_output: Tensor, basis: Tensor) -> Tensor:
+    _checks.interpolate_weights_grad_coeff(grad_output, basis)
+    dtype = accumulation_dtype(basis.dtype)
+    return basis.new_empty(grad_output.shape[0], basis.shape[0], dtype=dtype)
+
+
+def _fake_manifold_metric(coeff: Tensor, weight: Tensor | None = None) -> Tensor:
+    _checks.manifold_metric(coeff, weight)
+    return coeff.new_empty(coeff.shape[1], coeff.shape[1])
+
+
+def _fake_manifold_step_(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None = None,
+    metric_inverse: Tensor | None = None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first_step: bool = False,
+) -> None:
+    _checks.manifold_step_(
+        param,
+        grad,
+        momentum_buffer,
+        metric_inverse,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+    )
+
+
+if EXTENSION:
+    for _op in NAMES:
+        torch.library.register_fake(f"neuromod_ext::{_op}", globals()[f"_fake_{_op}"])

@@ -1,0 +1,179 @@
+"""Stochastic gradient descent on whole manifolds."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from neuromod_ext import functional
+from neuromod_ext._checks import accumulation_dtype
+from neuromod_ext.optim.metric import EmpiricalMetric
+from neuromod_ext.topology import Topology
+
+
+class ManifoldSGD(Optimizer):
+    r"""Steepest descent of the expected loss under a bounded movement of the manifold.
+
+    .. math::
+        d &= G^{-1} g + \lambda P \\
+        m &\leftarrow \mu m + (1 - \tau) d \\
+        P &\leftarrow P - \eta\, (d + \mu m \text{ if nesterov else } m)
+
+    G is the Gram matrix of the layer's topology, in closed form, or an
+    :class:`~neuromod_ext.optim.EmpiricalMetric`. It is ``torch.optim.SGD`` on coordinates Q with
+    P = G^{-1/2} Q, so the path of W(s) does not depend on the basis that spans the manifold.
+    Parameters of ordinary layers are updated as by ``torch.optim.SGD``.
+
+    Each parameter is updated in place in one pass by a fused kernel.
+
+    Args:
+        params: Parameters or parameter groups. Those of manifold layers bear their topology.
+        lr: η, 1/(2λ) in the paper's terms; at least 0, a number or a tensor of one element.
+        momentum: μ ≥ 0.
+        dampening: τ.
+        weight_decay: λ ≥ 0. It decays ∫ρ‖W(s)‖² ds, the norm of the whole manifold.
+        nesterov: Use Nesterov's momentum.
+        maximize: Ascend instead.
+        metric: The metric of parameters of its topology, in place of the closed form.
+
+    Raises:
+        ValueError: A number out of its range.
+
+    Source: ΔP = −(1/2λ) [∫M ds]⁻¹ ∫g ds of Benjamin et al., "Walking the Weight Manifold";
+    momentum and weight decay in this metric are our choice.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        metric: EmpiricalMetric | None = None,
+    ) -> None:
+        _expect("lr >= 0", lr >= 0 and math.isfinite(lr), lr)
+        _expect("momentum >= 0", momentum >= 0 and math.isfinite(momentum), momentum)
+        _expect("dampening to be finite", math.isfinite(dampening), dampening)
+        _expect(
+            "weight_decay >= 0", weight_decay >= 0 and math.isfinite(weight_decay), weight_decay
+        )
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError(
+                "ManifoldSGD: expected momentum > 0 and dampening = 0 for nesterov, "
+                f"got momentum = {momentum} and dampening = {dampening}"
+            )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        self.metric = metric
+        self._inverses: dict[tuple[Topology, torch.device, torch.dtype], Tensor] = {}
+        super().__init__(params, defaults)
+        if not any(_topology(p) for group in self.param_groups for p in group["params"]):
+            warnings.warn(
+                "ManifoldSGD: no parameter of a manifold layer is among params, so this is plain "
+                "SGD; pass the parameters of the model itself, not copies of them",
+                stacklevel=2,
+            )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Make one step.
+
+        Args:
+            closure: Evaluates the model anew and returns the loss.
+
+        Returns:
+            The loss, if there is a closure.
+
+        Raises:
+            RuntimeError: A gradient is sparse; an empirical metric has seen no condition.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        empirical = None if self.metric is None else self.metric.inverse()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step_param(param, group, empirical)
+        return loss
+
+    def _step_param(self, param: Tensor, group: dict[str, Any], empirical: Tensor | None) -> None:
+        if param.grad is None or param.grad.is_sparse:
+            raise RuntimeError("ManifoldSGD: expected dense gradients, got a sparse one")
+        state = self.state[param]
+        first_step = group["momentum"] != 0 and state.get("momentum_buffer") is None
+        if first_step:
+            state["momentum_buffer"] = torch.empty_like(param)
+        functional.manifold_step_(
+            param if param.dim() else param.view(1),
+            param.grad if param.dim() else param.grad.view(1),
+            _at_least_1d(state.get("momentum_buffer")) if group["momentum"] != 0 else None,
+            self._metric_inverse(param, empirical),
+            lr=float(group["lr"]),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            first_step=first_step,
+        )
+
+    def _metric_inverse(self, param: Tensor, empirical: Tensor | None) -> Tensor | None:
+        topology = _topology(param)
+        if topology is None:
+            return None
+        dtype = accumulation_dtype(param.dtype)
+        if empirical is not None and self.metric is not None and topology == self.metric.topology:
+            return empirical.to(param.device, dtype)
+        key = (topology, param.device, dtype)
+        if key not in self._inverses:
+            self._inverses[key] = topology.gram_inverse().to(param.device, dtype)
+        return self._inverses[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state; that of an empirical metric is in it, as ``metric``."""
+        state = super().state_dict()
+        if self.metric is not None:
+            state["metric"] = self.metric.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state, that of an empirical metric included."""
+        super().load_state_dict(state_dict)
+        if self.metric is not None and "metric" in state_dict:
+            self.metric.load_state_dict(state_dict["metric"])
+
+
+def _expect(what: str, holds: bool | Tensor, got: object) -> None:
+    if not holds:
+        raise ValueError(f"ManifoldSGD: expected {what}, got {got}")
+
+
+def _topology(param: Tensor) -> Topology | None:
+    return getattr(param, "manifold", None)
+
+
+def _at_least_1d(t: Tensor | None) -> Tensor | None:
+    return t.view(1) if t is not None and t.dim() == 0 else t
