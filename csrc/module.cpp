@@ -1,6 +1,4 @@
 // The Python module _C: what this binary is. Its ops are registered with torch when it is loaded (see */*_torch.cpp).
-#include <ATen/Version.h>
-#include <ATen/native/CPUBlas.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>
@@ -13,6 +11,10 @@
 #define NEUROMOD_CUDA_VERSION ""
 #define NEUROMOD_CUDA_ARCHS ""
 #endif
+
+namespace neuromod {
+bool half_type_tiles(bool bfloat16);  // common/tile_product.cpp; its header would bring in torch's
+}
 
 namespace {
 
@@ -37,8 +39,8 @@ std::vector<std::string> cpu_features() {
   if (__builtin_cpu_supports("avx512bw")) features.emplace_back("avx512bw");
   if (__builtin_cpu_supports("avx512bf16")) features.emplace_back("avx512bf16");
 #endif
-  if (at::native::cpublas::could_pack(at::kBFloat16)) features.emplace_back("bfloat16 tiles");
-  if (at::native::cpublas::could_pack(at::kHalf)) features.emplace_back("float16 tiles");
+  if (neuromod::half_type_tiles(true)) features.emplace_back("bfloat16 tiles");
+  if (neuromod::half_type_tiles(false)) features.emplace_back("float16 tiles");
   return features;
 }
 

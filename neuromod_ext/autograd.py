@@ -23,15 +23,11 @@ from torch.autograd import Function
 
 from neuromod_ext import reference
 from neuromod_ext._ops import EXTENSION, OPS
+from neuromod_ext._transforms import transform_active
 from neuromod_ext.reference import INTERPOLATE_WEIGHTS, MANIFOLD_LINEAR, Form
 
 Operands = Sequence[Tensor]
 Contract = Callable[..., Tensor]
-
-
-def transform_active() -> bool:
-    """Whether a ``torch.func`` transform (vmap, grad, jvp …) surrounds the caller."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _raw(name: str, *args: Any) -> Tensor:

@@ -18,3 +18,10 @@ NEUROMOD_CLONES void double_row_product(int64_t cols, int64_t depth, const doubl
 }
 
 }  // namespace neuromod::detail
+
+namespace neuromod {
+
+/// Whether the processor multiplies tiles of a half-precision type as such.
+bool half_type_tiles(bool bfloat16) { return bfloat16 ? interleaved<at::BFloat16>() : interleaved<at::Half>(); }
+
+}  // namespace neuromod

@@ -315,3 +315,9 @@ void run_grid(const Launch& launch) {
 }
 
 }  // namespace neuromod::emulator
+
+/// set_lane_order for those who load the library, such as Python's ctypes.
+extern "C" __attribute__((visibility("default"))) void neuromod_emulator_reverse_lanes(bool reversed) {
+  neuromod::emulator::set_lane_order(reversed ? neuromod::emulator::LaneOrder::reversed
+                                              : neuromod::emulator::LaneOrder::forward);
+}
