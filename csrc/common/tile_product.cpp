@@ -9,10 +9,11 @@
 
 namespace neuromod::detail {
 
-NEUROMOD_CLONES void double_row_product(int64_t cols, int64_t depth, const double* a, const double* b, double* c) {
+NEUROMOD_CLONES void double_row_product(int64_t cols, int64_t depth, const double* a, const double* b, int64_t ldb,
+                                        double* c) {
   for (int64_t d = 0; d < depth; ++d) {
     const double s = a[d];
-    const double* row = b + d * kTile;
+    const double* row = b + d * ldb;
     for (int64_t n = 0; n < cols; ++n) c[n] += s * row[n];
   }
 }

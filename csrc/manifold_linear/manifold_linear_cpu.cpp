@@ -1,130 +1,105 @@
-// manifold_linear on the CPU. Plan "expand": every basis point's product is formed tile by tile and mixed by the row's
+// manifold_linear on the CPU. Plan "expand": every basis point's product is formed tile by tile and mixed by the rows'
 // coefficients while it is in cache, so neither per-sample weights nor a [B, K, O] array ever exist.
 //
-// Cost: 2 B T K O I flop each; operands are packed once. Sums: brgemm's float32 (float64) over the reduction, then k in
-// order. Work is split over output tiles only, so results do not depend on the number of threads.
-#include <ATen/Parallel.h>
-
+// Cost: 2 B T K O I flop each; float operands are read in place but for one transposition of x. Sums: brgemm's float32
+// (float64) over the reduction, then k in order. Work is split over output tiles only, so results do not depend on the
+// number of threads.
 #include "common/dispatch.h"
-#include "common/tile_product.h"
+#include "common/operand.h"
 #include "manifold_linear/manifold_linear.h"
 
 namespace neuromod {
 namespace {
 
+/// Calls f with the tag of the element type.
 template <class F>
 void dispatch(const ManifoldLinearParams& p, F&& f) {
   dispatch_dtype<at::Half, at::BFloat16>(p.dtype, f);
 }
 
-int64_t tile_end(int64_t tile, int64_t total) { return std::min(kTile, total - tile * kTile); }
-
-/// Z_k = rows · weight_k, tile by tile, for rows [B, T, depth] and weight_k [depth, cols].
 template <class T>
-class StackedProduct {
- public:
-  using Acc = acc_t<T>;
-
-  /// `weight` is indexed (k, depth, col).
-  StackedProduct(const ManifoldLinearParams& p, View rows, View weight, int64_t depth, int64_t cols)
-      : tokens(p.tokens),
-        num_rows(p.batch * p.tokens),
-        num_basis(p.num_basis),
-        cols(cols),
-        row_tiles(ceil_div(num_rows, kTile)),
-        col_tiles(ceil_div(cols, kTile)),
-        depth_(depth),
-        stride_(packed_depth<T>(depth)),
-        left_(row_tiles * kTile * stride_),
-        right_(num_basis * col_tiles * kTile * stride_) {
-    at::parallel_for(0, row_tiles, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t tile = begin; tile < end; ++tile) {
-        pack_left(left(tile), rows_in(tile), depth, [&](int64_t r, int64_t d) {
-          const int64_t row = tile * kTile + r;
-          return *rows.at<T>(row / tokens, row % tokens, d);
-        });
-      }
-    });
-    at::parallel_for(0, num_basis * col_tiles, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t tile = i / num_basis, k = i % num_basis;
-        pack_right(right(tile, k), depth, cols_in(tile), weight.at<T>(k, 0, tile * kTile), weight.stride[1],
-                   weight.stride[2]);
-      }
-    });
-  }
-
-  int64_t rows_in(int64_t tile) const { return tile_end(tile, num_rows); }
-  int64_t cols_in(int64_t tile) const { return tile_end(tile, cols); }
-
-  /// The tile of Z_k, into `product` with rows of kTile.
-  void operator()(int64_t row_tile, int64_t col_tile, int64_t k, Acc* product) const {
-    tile_product<T>(rows_in(row_tile), cols_in(col_tile), depth_, left(row_tile), stride_, right(col_tile, k), product,
-                    kTile, false);
-  }
-
-  const int64_t tokens, num_rows, num_basis, cols, row_tiles, col_tiles;
-
- private:
-  T* left(int64_t tile) const { return left_.data() + tile * kTile * stride_; }
-  T* right(int64_t tile, int64_t k) const { return right_.data() + (tile * num_basis + k) * kTile * stride_; }
-
-  const int64_t depth_, stride_;
-  const Scratch<T> left_, right_;
-};
-
-/// out[b,t,n] = sum_k c[b,k] (Z_k[b,t,n] + bias[k,n])
+Matrices<T> basis_matrices(const ManifoldLinearParams& p) {
+  return Matrices<T>::stack(p.basis, p.num_basis, p.out_features, p.in_features);
+}
 template <class T>
-void mix(const ManifoldLinearParams& p, const StackedProduct<T>& z, View bias, View out) {
-  using Acc = acc_t<T>;
-  at::parallel_for(0, z.row_tiles * z.col_tiles, 1, [&](int64_t begin, int64_t end) {
-    Scratch<Acc> product_memory(kTile * kTile), sum_memory(kTile * kTile);
-    Acc* product = product_memory.data();
-    Acc* sum = sum_memory.data();
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t col_tile = i / z.row_tiles, row_tile = i % z.row_tiles;
-      const int64_t rows = z.rows_in(row_tile), cols = z.cols_in(col_tile);
-      std::fill_n(sum, rows * kTile, Acc(0));
-      for (int64_t k = 0; k < z.num_basis; ++k) {
-        z(row_tile, col_tile, k, product);
-        for (int64_t r = 0; r < rows; ++r) {
-          const Acc c = *p.coeff.at<Acc>((row_tile * kTile + r) / z.tokens, k);
-          Acc* to = sum + r * kTile;
-          const Acc* from = product + r * kTile;
-          if (bias) {
-            for (int64_t n = 0; n < cols; ++n) to[n] += c * (from[n] + Acc(*bias.at<T>(k, col_tile * kTile + n)));
-          } else {
-            for (int64_t n = 0; n < cols; ++n) to[n] += c * from[n];
-          }
-        }
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t row = row_tile * kTile + r;
-        T* to = out.at<T>(row / z.tokens, row % z.tokens, col_tile * kTile);
-        for (int64_t n = 0; n < cols; ++n) to[n * out.stride[2]] = T(sum[r * kTile + n]);
-      }
-    }
+Matrices<T> input_matrix(const ManifoldLinearParams& p) {
+  return Matrices<T>::flattened(p.input, p.batch, p.tokens, p.in_features);
+}
+template <class T>
+Matrices<T> output_matrix(const ManifoldLinearParams& p) {
+  return Matrices<T>::flattened(p.output, p.batch, p.tokens, p.out_features);
+}
+
+/// Runs f(row_tile, col_tile) over a grid of tiles, each once, in parallel.
+template <class T, class F>
+void for_each_tile(int64_t row_tiles, int64_t col_tiles, F f) {
+  at::parallel_for(0, row_tiles * col_tiles, 1, [&](int64_t begin, int64_t end) {
+    Scratch<acc_t<T>> product(kTile * kTile), sum(kTile * kTile);
+    for (int64_t i = begin; i < end; ++i) f(i % row_tiles, i / row_tiles, product.data(), sum.data());
     release_tiles<T>();
   });
 }
 
-View transposed(const View& basis) { return {basis.data, {basis.stride[0], basis.stride[2], basis.stride[1]}}; }
-
 }  // namespace
 
+// y^T = sum_k P_k x^T c_k: basis points are A, read in place; a tile's columns are rows of x, so that their
+// coefficients lie side by side.
 void manifold_linear_forward_cpu(const ManifoldLinearParams& p) {
   dispatch(p, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const StackedProduct<T> z(p, p.input, transposed(p.basis), p.in_features, p.out_features);
-    mix(p, z, p.bias, p.output);
+    using Acc = acc_t<T>;
+    const int64_t rows = p.batch * p.tokens, depth = p.in_features;
+    const auto weight = Tiles<T>::left(basis_matrices<T>(p));
+    const auto input = Tiles<T>::right_from_rows(input_matrix<T>(p));
+    const int64_t row_tiles = ceil_div(rows, kTile), out_tiles = ceil_div(p.out_features, kTile);
+    for_each_tile<T>(row_tiles, out_tiles, [&](int64_t row_tile, int64_t out_tile, Acc* product, Acc* sum) {
+      const int64_t first = row_tile * kTile, count = tile_size(row_tile, rows);
+      const int64_t out_first = out_tile * kTile, outs = tile_size(out_tile, p.out_features);
+      Acc c[kTile];
+      std::fill_n(sum, outs * kTile, Acc(0));
+      for (int64_t k = 0; k < p.num_basis; ++k) {
+        tile_product<T>(outs, count, depth, weight(k, out_tile), input(0, row_tile), product, kTile, false);
+        for (int64_t r = 0; r < count; ++r) c[r] = *p.coeff.at<Acc>((first + r) / p.tokens, k);
+        for (int64_t o = 0; o < outs; ++o) {
+          const Acc bias = p.bias ? Acc(*p.bias.at<T>(k, out_first + o)) : Acc(0);
+          Acc* to = sum + o * kTile;
+          const Acc* from = product + o * kTile;
+          for (int64_t r = 0; r < count; ++r) to[r] += c[r] * (from[r] + bias);
+        }
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        T* to = p.output.at<T>((first + r) / p.tokens, (first + r) % p.tokens, out_first);
+        for (int64_t o = 0; o < outs; ++o) to[o * p.output.stride[2]] = T(sum[o * kTile + r]);
+      }
+    });
   });
 }
 
+// dx = sum_k c_k g P_k
 void manifold_linear_grad_input_cpu(const ManifoldLinearParams& p) {
   dispatch(p, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const StackedProduct<T> z(p, p.output, p.basis, p.out_features, p.in_features);
-    mix(p, z, View{}, p.input);
+    using Acc = acc_t<T>;
+    const int64_t rows = p.batch * p.tokens, depth = p.out_features;
+    const auto grad = Tiles<T>::left(output_matrix<T>(p));
+    const auto weight = Tiles<T>::right(basis_matrices<T>(p));
+    const int64_t row_tiles = ceil_div(rows, kTile), in_tiles = ceil_div(p.in_features, kTile);
+    for_each_tile<T>(row_tiles, in_tiles, [&](int64_t row_tile, int64_t in_tile, Acc* product, Acc* sum) {
+      const int64_t first = row_tile * kTile, count = tile_size(row_tile, rows),
+                    ins = tile_size(in_tile, p.in_features);
+      std::fill_n(sum, count * kTile, Acc(0));
+      for (int64_t k = 0; k < p.num_basis; ++k) {
+        tile_product<T>(count, ins, depth, grad(0, row_tile), weight(k, in_tile), product, kTile, false);
+        for (int64_t r = 0; r < count; ++r) {
+          const Acc c = *p.coeff.at<Acc>((first + r) / p.tokens, k);
+          for (int64_t n = 0; n < ins; ++n) sum[r * kTile + n] += c * product[r * kTile + n];
+        }
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        T* to = p.input.at<T>((first + r) / p.tokens, (first + r) % p.tokens, in_tile * kTile);
+        for (int64_t n = 0; n < ins; ++n) to[n * p.input.stride[2]] = T(sum[r * kTile + n]);
+      }
+    });
   });
 }
 
@@ -133,33 +108,30 @@ void manifold_linear_grad_coeff_cpu(const ManifoldLinearParams& p) {
   dispatch(p, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = acc_t<T>;
-    const StackedProduct<T> z(p, p.output, p.basis, p.out_features, p.in_features);
+    const int64_t rows = p.batch * p.tokens, depth = p.out_features, K = p.num_basis;
+    const auto grad = Tiles<T>::left(output_matrix<T>(p));
+    const auto weight = Tiles<T>::right(basis_matrices<T>(p));
     Acc* const row_sums = static_cast<Acc*>(p.workspace);
-    at::parallel_for(0, z.row_tiles, 1, [&](int64_t begin, int64_t end) {
-      Scratch<Acc> product_memory(kTile * kTile);
-      Acc* product = product_memory.data();
-      for (int64_t row_tile = begin; row_tile < end; ++row_tile) {
-        const int64_t rows = z.rows_in(row_tile), first = row_tile * kTile;
-        std::fill_n(row_sums + first * z.num_basis, rows * z.num_basis, Acc(0));
-        for (int64_t col_tile = 0; col_tile < z.col_tiles; ++col_tile) {
-          const int64_t cols = z.cols_in(col_tile);
-          for (int64_t k = 0; k < z.num_basis; ++k) {
-            z(row_tile, col_tile, k, product);
-            for (int64_t r = 0; r < rows; ++r) {
-              const T* x = p.input.at<T>((first + r) / z.tokens, (first + r) % z.tokens, col_tile * kTile);
-              Acc dot = 0;
-              for (int64_t n = 0; n < cols; ++n) dot += product[r * kTile + n] * Acc(x[n * p.input.stride[2]]);
-              row_sums[(first + r) * z.num_basis + k] += dot;
-            }
+    for_each_tile<T>(ceil_div(rows, kTile), 1, [&](int64_t row_tile, int64_t, Acc* product, Acc*) {
+      const int64_t first = row_tile * kTile, count = tile_size(row_tile, rows);
+      std::fill_n(row_sums + first * K, count * K, Acc(0));
+      for (int64_t in_tile = 0; in_tile < ceil_div(p.in_features, kTile); ++in_tile) {
+        const int64_t ins = tile_size(in_tile, p.in_features);
+        for (int64_t k = 0; k < K; ++k) {
+          tile_product<T>(count, ins, depth, grad(0, row_tile), weight(k, in_tile), product, kTile, false);
+          for (int64_t r = 0; r < count; ++r) {
+            const T* x = p.input.at<T>((first + r) / p.tokens, (first + r) % p.tokens, in_tile * kTile);
+            Acc dot = 0;
+            for (int64_t n = 0; n < ins; ++n) dot += product[r * kTile + n] * Acc(x[n * p.input.stride[2]]);
+            row_sums[(first + r) * K + k] += dot;
           }
         }
       }
-      release_tiles<T>();
     });
     for (int64_t b = 0; b < p.batch; ++b) {
-      for (int64_t k = 0; k < p.num_basis; ++k) {
+      for (int64_t k = 0; k < K; ++k) {
         Acc sum = 0;
-        for (int64_t t = 0; t < p.tokens; ++t) sum += row_sums[(b * p.tokens + t) * p.num_basis + k];
+        for (int64_t t = 0; t < p.tokens; ++t) sum += row_sums[(b * p.tokens + t) * K + k];
         *p.coeff.at<Acc>(b, k) = sum;
       }
     }
@@ -171,48 +143,27 @@ void manifold_linear_grad_basis_cpu(const ManifoldLinearParams& p) {
   dispatch(p, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = acc_t<T>;
-    constexpr int64_t chunk = 1024;  // rows summed at a time: a packed tile of g stays in cache
-    const int64_t rows = p.batch * p.tokens, out = p.out_features, in = p.in_features;
-    const int64_t out_tiles = ceil_div(out, kTile), in_tiles = ceil_div(in, kTile), chunks = ceil_div(rows, chunk);
-    const int64_t panel = kTile * packed_depth<T>(chunk);
-
-    Scratch<T> right(std::max<int64_t>(chunks, 1) * in_tiles * panel);
-    at::parallel_for(0, chunks * in_tiles, 1, [&](int64_t begin, int64_t end) {
-      Scratch<T> row_memory(chunk * kTile);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i / in_tiles * chunk, in_first = i % in_tiles * kTile;
-        const int64_t depth = std::min(chunk, rows - first), cols = std::min(kTile, in - in_first);
-        for (int64_t r = 0; r < depth; ++r) {
-          const T* x = p.input.at<T>((first + r) / p.tokens, (first + r) % p.tokens, in_first);
-          for (int64_t n = 0; n < cols; ++n) row_memory.data()[r * kTile + n] = x[n * p.input.stride[2]];
-        }
-        pack_right(right.data() + i * panel, depth, cols, row_memory.data(), kTile, int64_t{1});
-      }
-    });
-
+    const int64_t rows = p.batch * p.tokens, in = p.in_features, stride = packed_depth<T>(rows);
+    const auto input = Tiles<T>::right(input_matrix<T>(p));
+    const int64_t out_tiles = ceil_div(p.out_features, kTile), in_tiles = ceil_div(in, kTile);
     at::parallel_for(0, p.num_basis * out_tiles, 1, [&](int64_t begin, int64_t end) {
-      Scratch<T> left(panel);
-      const int64_t width = in_tiles * kTile;
-      Scratch<Acc> sum_memory(kTile * width);
-      Acc* sum = sum_memory.data();
+      Scratch<T> weighted(kTile * stride);
+      Scratch<Acc> sum(kTile * kTile);
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t k = i / out_tiles, out_first = i % out_tiles * kTile, outs = tile_end(i % out_tiles, out);
-        std::fill_n(sum, outs * width, Acc(0));
-        for (int64_t j = 0; j < chunks; ++j) {
-          const int64_t first = j * chunk, depth = std::min(chunk, rows - first);
-          const int64_t stride = packed_depth<T>(depth);
-          pack_left(left.data(), outs, depth, [&](int64_t o, int64_t r) {
-            const int64_t b = (first + r) / p.tokens, t = (first + r) % p.tokens;
-            return T(*p.coeff.at<Acc>(b, k) * Acc(*p.output.at<T>(b, t, out_first + o)));
-          });
-          for (int64_t tile = 0; tile < in_tiles; ++tile) {
-            tile_product<T>(outs, tile_end(tile, in), depth, left.data(), stride,
-                            right.data() + (j * in_tiles + tile) * panel, sum + tile * kTile, width, true);
-          }
+        const int64_t k = i / out_tiles, first = i % out_tiles * kTile, outs = tile_size(i % out_tiles, p.out_features);
+        for (int64_t r = 0; r < rows; ++r) {
+          const Acc c = *p.coeff.at<Acc>(r / p.tokens, k);
+          const T* g = p.output.at<T>(r / p.tokens, r % p.tokens, first);
+          for (int64_t o = 0; o < outs; ++o) weighted.data()[o * stride + r] = T(c * Acc(g[o * p.output.stride[2]]));
         }
-        for (int64_t o = 0; o < outs; ++o) {
-          T* to = p.basis.at<T>(k, out_first + o);
-          for (int64_t n = 0; n < in; ++n) to[n * p.basis.stride[2]] = T(sum[o * width + n]);
+        for (int64_t o = 0; o < outs && stride != rows; ++o) weighted.data()[o * stride + rows] = T(0);
+        for (int64_t tile = 0; tile < in_tiles; ++tile) {
+          const int64_t ins = tile_size(tile, in);
+          tile_product<T>(outs, ins, rows, {weighted.data(), stride}, input(0, tile), sum.data(), kTile, false);
+          for (int64_t o = 0; o < outs; ++o) {
+            T* to = p.basis.at<T>(k, first + o, tile * kTile);
+            for (int64_t n = 0; n < ins; ++n) to[n * p.basis.stride[2]] = T(sum.data()[o * kTile + n]);
+          }
         }
       }
       release_tiles<T>();

@@ -1,0 +1,33 @@
+"""What the README says is so."""
+
+import re
+from pathlib import Path
+
+import torch
+
+import neuromod_ext as nm
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def test_the_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(code, names)
+    model, plain, x = names["model"], names["plain"], names["x"]
+    assert not any(isinstance(m, nm.nn.ManifoldLayer) for m in plain.modules())
+    torch.testing.assert_close(plain(x), model(x, torch.full((64,), 0.25)), rtol=1e-4, atol=1e-4)
+
+
+def test_every_topology_is_in_the_table():
+    for name in nm.topology.__all__:
+        if name not in ("Topology", "Product"):
+            assert f"`{name}(" in README, name
+
+
+def test_every_public_function_and_layer_is_named():
+    for name in (*nm.functional.__all__, *nm.nn.__all__):
+        stem = re.sub(r"^manifold_conv[123]d$", "manifold_conv1d/2d/3d", name)
+        if name != "ManifoldLayer":
+            assert re.search(rf"[`.]{stem}`", README), name
