@@ -22,6 +22,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for a device; some, such as meta, have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def tensors(op: str, **arguments: object) -> None:
     """Every argument is a tensor."""
     for name, value in arguments.items():
@@ -95,6 +100,43 @@ def _same_shape(op: str, name: str, t: Tensor, symbols: str, want: Sequence[int]
         raise ValueError(
             f"{op}: expected {name} of shape {symbols} = {_shape(want)}, got {_shape(got)}"
         )
+
+
+def written_memory(op: str, read: dict[str, Tensor | None], **written: Tensor | None) -> None:
+    """What is written has one place for each element, shared with nothing else."""
+    before: dict[str, Tensor] = {}
+    for name, t in written.items():
+        if t is None:
+            continue
+        if torch._debug_has_internal_overlap(t) == 1:
+            raise ValueError(
+                f"{op}: expected {name} without overlapping elements, got an expanded one; clone it"
+            )
+        for other_name, other in before.items():
+            _apart(op, name, t, other_name, other)
+        for read_name, source in read.items():
+            if source is not None:
+                _apart(op, read_name, source, name, t)
+        before[name] = t
+
+
+def _apart(op: str, name: str, t: Tensor, written_name: str, written: Tensor) -> None:
+    if t.numel() == 0 or written.numel() == 0:
+        return
+    if t.untyped_storage().data_ptr() != written.untyped_storage().data_ptr():
+        return
+    (first, last), (written_first, written_last) = _span(t), _span(written)
+    if not (last < written_first or written_last < first):
+        raise ValueError(
+            f"{op}: expected {name} in memory of its own, got one that overlaps {written_name}; "
+            "clone it"
+        )
+
+
+def _span(t: Tensor) -> tuple[int | torch.SymInt, int | torch.SymInt]:
+    """Where the first and the last element stand in the storage."""
+    length = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return t.storage_offset(), t.storage_offset() + length
 
 
 def _num_basis(op: str, name: str, num_basis: int) -> None:
@@ -252,7 +294,7 @@ def manifold_conv(
     kernel = ", ".join("k" + letter for letter in letters)
     _floating(op, "input", input)
     _device_like(op, "basis", basis, "input", input)
-    if not torch.is_autocast_enabled(input.device.type):
+    if not autocast_enabled(input.device):
         _like(op, "basis", basis, "input", input)
     _rank(op, "basis", basis, 3 + dims, f"[K, O, C / groups, {kernel}]")
     _num_basis(op, "basis", basis.shape[0])

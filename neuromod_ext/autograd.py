@@ -111,6 +111,16 @@ class ContractionFunction(Function):
         return _vmap(form, result, info.batch_size, in_dims[2:], values, apply), 0
 
 
+def _add_bias(output: Tensor, coeff: Tensor, bias: Tensor, middle: int) -> Tensor:
+    """output[b,t] + Σ_k c[b,k] β[k], in the dtype of output, over ``middle`` dimensions t.
+
+    All may have batch dimensions in front.
+    """
+    blend = torch.matmul(coeff, bias.to(coeff.dtype))
+    blend = blend.reshape(*blend.shape[:-1], *(1,) * middle, blend.shape[-1])
+    return (output.to(coeff.dtype) + blend).to(output.dtype)
+
+
 class ManifoldLinearFunction(Function):
     """manifold_linear with a bias: a contraction, and a term bilinear in coeff and bias."""
 
@@ -136,9 +146,9 @@ class ManifoldLinearFunction(Function):
         if total is None:  # only the bias moves
             total = values[0].new_zeros(*values[0].shape[:-1], bias.shape[-1])
         if tangents[2] is not None:
-            total = reference.add_bias(total, tangents[2], bias, middle)
+            total = _add_bias(total, tangents[2], bias, middle)
         if tangents[3] is not None:
-            total = reference.add_bias(total, coeff, tangents[3], middle)
+            total = _add_bias(total, coeff, tangents[3], middle)
         return total
 
     @staticmethod
@@ -154,7 +164,7 @@ class ManifoldLinearFunction(Function):
             out = out.expand(info.batch_size, *out.shape)
         else:
             out = _vmap(MANIFOLD_LINEAR, "output", info.batch_size, in_dims[:3], values, apply)
-        return reference.add_bias(out, coeff, bias, middle), 0
+        return _add_bias(out, coeff, bias, middle), 0
 
 
 def _manifold_linear_vjp(
@@ -287,8 +297,8 @@ def _register_autograd() -> None:
         torch.library.register_autograd(f"neuromod_ext::{name}", backward, setup_context=save)
 
     def register_contraction(form: Form, result: str) -> None:
-        def backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-            return _vjp(form, result, ctx.saved_tensors, grad, ctx.needs_input_grad, call)
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            return tuple(_vjp(form, result, ctx.saved_tensors, grad, ctx.needs_input_grad, call))
 
         register(form.ops[result][0], backward)
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from neuromod_ext import _checks, autograd
 from neuromod_ext._ops import OPS
+from neuromod_ext._transforms import transform_active
 from neuromod_ext.reference import MANIFOLD_LINEAR
 
 __all__ = [
@@ -34,13 +35,13 @@ __all__ = [
 
 def _autocast(*operands: Tensor | None) -> tuple[Any, ...]:
     """What autocast asks for: a context in which it is off, then the operands in its dtype."""
-    device = next(t.device.type for t in operands if t is not None)
-    if not torch.is_autocast_enabled(device):
+    device = next(t.device for t in operands if t is not None)
+    if not _checks.autocast_enabled(device):
         return (nullcontext(), *operands)
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device.type)
     low = (torch.float32, torch.float16, torch.bfloat16)
     cast = (t.to(dtype) if t is not None and t.dtype in low else t for t in operands)
-    return (torch.autocast(device, enabled=False), *cast)
+    return (torch.autocast(device.type, enabled=False), *cast)
 
 
 def manifold_linear(
@@ -101,6 +102,8 @@ def _manifold_conv(
     _checks.tensors(op, input=input, basis=basis, coeff=coeff)
     _checks.manifold_conv(op, dims, input, basis, coeff, bias, groups)
     condition = coeff.reshape(-1, coeff.shape[-1])
+    if condition.shape[0] == 0:  # no sample: any one kernel, for an output of the right shape
+        condition = condition.sum(0, keepdim=True)
     weight = autograd.interpolate_weights(basis, condition)
     if bias is not None:
         bias = autograd.interpolate_weights(bias, condition)
@@ -325,11 +328,18 @@ def manifold_step_(
 
     Raises:
         TypeError: a dtype does not fit, or an argument is no tensor.
-        ValueError: a shape or device does not fit, or a number is not finite.
+        ValueError: a shape or device does not fit, a number is not finite, or memory that is
+            written overlaps another argument.
+        NotImplementedError: under a ``torch.func`` transform.
 
     Source: ΔP = −(1/2λ) [∫M ds]⁻¹ ∫g ds of Benjamin et al., "Walking the Weight Manifold".
     """
     _checks.tensors("manifold_step_", param=param, grad=grad)
+    if transform_active():
+        raise NotImplementedError(
+            "manifold_step_: expected no torch.func transform around it, got one; it works in "
+            "place and is not differentiable"
+        )
     OPS["manifold_step_"](
         param,
         grad,

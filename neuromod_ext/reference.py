@@ -36,12 +36,12 @@ class Form:
     def contract(self, result: str, values: Sequence[Tensor], batched: Sequence[bool]) -> Tensor:
         """Yield ``result`` by einsum; ``batched`` operands (and then the result) lead with a batch.
 
-        Sums run in the accumulation dtype.
+        Sums run in the accumulation dtype, in the kernels' order: Inf and NaN spread alike.
         """
         names = self.operands(result)
         dtype = next(v.dtype for n, v in zip(names, values, strict=True) if n != "coeff")
         middle: Sequence[int] = ()
-        flat, terms = [], []
+        factors = {}
         for name, value, batch in zip(names, values, batched, strict=True):
             letters = ("z" if batch else "") + self.subscripts[name]
             if "t" in letters:
@@ -49,10 +49,16 @@ class Form:
                 stop = value.dim() - (len(letters) - start - 1)
                 middle = value.shape[start:stop]
                 value = value.reshape(*value.shape[:start], _product(middle), *value.shape[stop:])
-            flat.append(value.to(accumulation_dtype(dtype)))
-            terms.append(letters)
+            factors[name] = letters, value.to(accumulation_dtype(dtype))
         letters = ("z" if any(batched) else "") + self.subscripts[result]
-        out = torch.einsum(",".join(terms) + "->" + letters, *flat)
+        order = sorted(names, key=lambda name: name == "input" and names[0] != name)
+        terms, out = factors[order[0]]
+        for i, name in enumerate(order[1:], 2):
+            term, factor = factors[name]
+            needed = letters + "".join(factors[later][0] for later in order[i:])
+            kept = "".join(c for c in dict.fromkeys(terms + term) if c in needed)
+            kept = letters if i == len(order) else kept
+            out, terms = torch.einsum(f"{terms},{term}->{kept}", out, factor), kept
         if "t" in letters:
             start = letters.index("t")
             out = out.reshape(*out.shape[:start], *middle, *out.shape[start + 1 :])
@@ -90,18 +96,10 @@ def manifold_linear(
 ) -> Tensor:
     """y[b,t] = Σ_k c[b,k] (P[k] x[b,t] + β[k])."""
     _checks.manifold_linear(input, basis, coeff, bias)
-    out = MANIFOLD_LINEAR.contract("output", (input, basis, coeff), (False,) * 3)
-    return out if bias is None else add_bias(out, coeff, bias, input.dim() - 2)
-
-
-def add_bias(output: Tensor, coeff: Tensor, bias: Tensor, middle: int) -> Tensor:
-    """output[b,t] + Σ_k c[b,k] β[k], in the dtype of output, over ``middle`` dimensions t.
-
-    All may have batch dimensions in front.
-    """
-    blend = torch.matmul(coeff, bias.to(coeff.dtype))
-    blend = blend.reshape(*blend.shape[:-1], *(1,) * middle, blend.shape[-1])
-    return (output.to(coeff.dtype) + blend).to(output.dtype)
+    if bias is not None:  # one more input, always 1: the bias is added before c is applied
+        input = torch.cat((input, input.new_ones(*input.shape[:-1], 1)), -1)
+        basis = torch.cat((basis, bias.unsqueeze(-1)), -1)
+    return MANIFOLD_LINEAR.contract("output", (input, basis, coeff), (False,) * 3)
 
 
 def manifold_linear_grad_input(grad_output: Tensor, basis: Tensor, coeff: Tensor) -> Tensor:
@@ -178,6 +176,8 @@ def manifold_step_(
         dampening=dampening,
         weight_decay=weight_decay,
     )
+    read = {"grad": grad, "metric_inverse": metric_inverse}
+    _checks.written_memory("manifold_step_", read, param=param, momentum_buffer=momentum_buffer)
     wide = accumulation_dtype(param.dtype)
     d = grad.to(wide)
     if metric_inverse is not None:

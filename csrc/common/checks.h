@@ -2,6 +2,7 @@
 // neuromod_ext/_checks.py says the same words where no kernel runs (fake tensors, the reference); a test compares them.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -132,6 +133,28 @@ inline void check_shape(const char* op, const char* name, const at::Tensor& t, c
   }
   TORCH_CHECK_VALUE(same, op, ": expected ", name, " of shape ", symbols, " = ", shape_string(want), ", got ",
                     shape_string(got));
+}
+
+/// `t`, which is written, has one place for each element.
+inline void check_not_expanded(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, op, ": expected ", name,
+                    " without overlapping elements, got an expanded one; clone it");
+}
+
+/// `t` lies apart from `written`; views that alternate in one piece of memory do not count as such.
+inline void check_apart(const char* op, const char* name, const at::Tensor& t, const char* written_name,
+                        const at::Tensor& written) {
+  const auto span = [](const at::Tensor& of) {  // first and last element
+    int64_t length = 0;
+    for (int64_t d = 0; d < of.dim(); ++d) length += (of.size(d) - 1) * of.stride(d);
+    return std::pair{of.storage_offset(), of.storage_offset() + length};
+  };
+  const auto [first, last] = span(t);
+  const auto [written_first, written_last] = span(written);
+  const bool apart =
+      t.numel() == 0 || written.numel() == 0 || !t.is_alias_of(written) || last < written_first || written_last < first;
+  TORCH_CHECK_VALUE(apart, op, ": expected ", name, " in memory of its own, got one that overlaps ", written_name,
+                    "; clone it");
 }
 
 inline void check_num_basis(const char* op, const char* name, int64_t num_basis) {

@@ -24,6 +24,7 @@ Tensor manifold_metric(const Tensor& coeff, const std::optional<Tensor>& weight)
 
   const Tensor out = at::empty({coeff.size(1), coeff.size(1)}, coeff.options());
   if (out.numel() == 0) return out;
+  if (coeff.size(0) == 0) return out.zero_();  // an empty weight's pointer is null, which kernels read as none given
   ManifoldMetricParams p{};
   p.dtype = to_dtype(coeff.scalar_type());
   p.count = coeff.size(0);

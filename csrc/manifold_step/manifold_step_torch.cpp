@@ -13,6 +13,11 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+/// Tells autograd that a saved tensor is no longer what it was.
+void mark_written(const Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
 void check_number(const char* op, const char* name, double value) {
   TORCH_CHECK_VALUE(std::isfinite(value), op, ": expected ", name, " to be finite, got ", value);
 }
@@ -35,6 +40,14 @@ void manifold_step_(const Tensor& param, const Tensor& grad, const OptionalTenso
     check_accumulation_like(op, "metric_inverse", *metric_inverse, "param", param);
     check_shape(op, "metric_inverse", *metric_inverse, "[K, K]", {param.size(0), param.size(0)});
   }
+  check_not_expanded(op, "param", param);
+  check_apart(op, "grad", grad, "param", param);
+  if (momentum_buffer) {
+    check_not_expanded(op, "momentum_buffer", *momentum_buffer);
+    check_apart(op, "momentum_buffer", *momentum_buffer, "param", param);
+    check_apart(op, "grad", grad, "momentum_buffer", *momentum_buffer);
+  }
+  if (metric_inverse) check_apart(op, "metric_inverse", *metric_inverse, "param", param);
   check_number(op, "lr", lr);
   check_number(op, "momentum", momentum);
   check_number(op, "dampening", dampening);
@@ -60,6 +73,8 @@ void manifold_step_(const Tensor& param, const Tensor& grad, const OptionalTenso
   p.maximize = maximize;
   p.first_step = first_step;
   run(op, param.device(), NEUROMOD_KERNEL(manifold_step), p);
+  mark_written(param);
+  if (momentum_buffer) mark_written(*momentum_buffer);
   if (!rows.is_alias_of(param)) param.copy_(rows.view(param.sizes()));
   if (momentum_buffer && !buffer_rows.is_alias_of(*momentum_buffer)) {
     momentum_buffer->copy_(buffer_rows.view(param.sizes()));

@@ -1,0 +1,204 @@
+# ruff: noqa: E501  (a table: one call a row)
+"""Calls of the ops that must be refused, with the class and the words of the refusal.
+
+The words are all that follows "<op>: expected ".
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+F64, F32, F16, BF16, INT = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+)
+Rows = list[tuple[str, dict[str, Any], type[Exception], str]]
+
+
+def t(*shape: int, dtype: torch.dtype = F32, device: str = "cpu") -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+def meta(*shape: int) -> Tensor:
+    return t(*shape, device="meta")
+
+
+FLOATING = "of dtype float64, float32, bfloat16 or float16, got"
+
+
+def linear_rows(lead: str, width: int, letter: str) -> Rows:
+    """What forward and grad_input have in common: B = 4, K = 3, O = 5, I = 6."""
+    rows_, basis = f"[B, ..., {letter}]", "[K, O, I]"
+    sizes = f"[4, ..., {width}]"
+    return [
+        ("rank 1", {lead: t(width)}, ValueError, f"{lead} of shape {rows_}, got [{width}]"),
+        ("rank 0", {lead: t()}, ValueError, f"{lead} of shape {rows_}, got []"),
+        ("integers", {lead: t(4, width, dtype=INT)}, TypeError, f"{lead} {FLOATING} int64"),
+        ("complex", {lead: t(4, width, dtype=torch.complex64)}, TypeError, f"{lead} {FLOATING} complex64"),
+        ("width", {lead: t(4, 7)}, ValueError, f"{lead} of shape {rows_} = {sizes}, got [4, 7]"),
+        ("token width", {lead: t(4, 2, 1)}, ValueError, f"{lead} of shape {rows_} = {sizes}, got [4, 2, 1]"),
+        ("basis rank", {"basis": t(5, 6)}, ValueError, f"basis of shape {basis}, got [5, 6]"),
+        ("basis rank 4", {"basis": t(3, 5, 6, 1)}, ValueError, f"basis of shape {basis}, got [3, 5, 6, 1]"),
+        ("basis dtype", {"basis": t(3, 5, 6, dtype=F64)}, TypeError,
+         f"basis of dtype float32 (that of {lead}), got float64; convert one of them"),
+        ("basis device", {"basis": meta(3, 5, 6)}, ValueError,
+         f"basis on cpu (where {lead} is), got meta; move one of them"),
+        ("no basis point", {"basis": t(0, 5, 6), "coeff": t(4, 0)}, ValueError,
+         "basis with at least one basis point (K >= 1), got K = 0"),
+        ("coeff rank", {"coeff": t(3)}, ValueError, "coeff of shape [B, K], got [3]"),
+        ("coeff dtype", {"coeff": t(4, 3, dtype=F64)}, TypeError,
+         f"coeff of dtype float32 (in which sums over float32 {lead} run), got float64; "
+         "convert it with .to(torch.float32)"),
+        ("low coeff", {lead: t(4, width, dtype=BF16), "basis": t(3, 5, 6, dtype=BF16), "coeff": t(4, 3, dtype=BF16)},
+         TypeError, f"coeff of dtype float32 (in which sums over bfloat16 {lead} run), got bfloat16; "
+         "convert it with .to(torch.float32)"),
+        ("coeff device", {"coeff": meta(4, 3)}, ValueError, f"coeff on cpu (where {lead} is), got meta"),
+        ("coeff samples", {"coeff": t(5, 3)}, ValueError, "coeff of shape [B, K] = [4, 3], got [5, 3]"),
+        ("coeff points", {"coeff": t(4, 2)}, ValueError, "coeff of shape [B, K] = [4, 3], got [4, 2]"),
+    ]  # fmt: skip
+
+
+BASIS_FOR_G = "[K, O, I]"
+GOOD: dict[str, dict[str, Any]] = {
+    "manifold_linear": {"input": t(4, 6), "basis": t(3, 5, 6), "coeff": t(4, 3), "bias": t(3, 5)},
+    "manifold_linear_grad_input": {"grad_output": t(4, 5), "basis": t(3, 5, 6), "coeff": t(4, 3)},
+    "manifold_linear_grad_basis": {"grad_output": t(4, 2, 5), "input": t(4, 2, 6), "coeff": t(4, 3)},
+    "manifold_linear_grad_coeff": {"grad_output": t(4, 2, 5), "input": t(4, 2, 6), "basis": t(3, 5, 6)},
+    "interpolate_weights": {"basis": t(3, 5, 6), "coeff": t(4, 3)},
+    "interpolate_weights_grad_basis": {"grad_output": t(4, 5, 6), "coeff": t(4, 3)},
+    "interpolate_weights_grad_coeff": {"grad_output": t(4, 5, 6), "basis": t(3, 5, 6)},
+    "manifold_metric": {"coeff": t(7, 3), "weight": t(7)},
+    "manifold_step_": {
+        "param": t(3, 5), "grad": t(3, 5), "momentum_buffer": t(3, 5), "metric_inverse": t(3, 3),
+        "lr": 0.1, "momentum": 0.9,
+    },
+}  # fmt: skip
+G, X = "grad_output", "input"
+BAD: dict[str, Rows] = {
+    "manifold_linear": [
+        *linear_rows("input", 6, "I"),
+        ("bias shape", {"bias": t(5)}, ValueError, "bias of shape [K, O] = [3, 5], got [5]"),
+        ("bias dtype", {"bias": t(3, 5, dtype=F16)}, TypeError,
+         "bias of dtype float32 (that of input), got float16; convert one of them"),
+        ("bias device", {"bias": meta(3, 5)}, ValueError, "bias on cpu (where input is), got meta"),
+    ],
+    "manifold_linear_grad_input": linear_rows(G, 5, "O"),
+    "manifold_linear_grad_basis": [
+        ("rank 1", {G: t(5)}, ValueError, "grad_output of shape [B, ..., O], got [5]"),
+        ("integers", {G: t(4, 2, 5, dtype=INT)}, TypeError, f"grad_output {FLOATING} int64"),
+        ("input dtype", {X: t(4, 2, 6, dtype=F64)}, TypeError,
+         "input of dtype float32 (that of grad_output), got float64; convert one of them"),
+        ("input device", {X: meta(4, 2, 6)}, ValueError, "input on cpu (where grad_output is), got meta"),
+        ("input rank", {X: t(4, 6)}, ValueError, "input of shape [B, ..., I] = [4, 2, 6], got [4, 6]"),
+        ("input rank 0", {X: t()}, ValueError, "input of shape [B, ..., I] = [4, 2, 0], got []"),
+        ("input samples", {X: t(3, 2, 6)}, ValueError, "input of shape [B, ..., I] = [4, 2, 6], got [3, 2, 6]"),
+        ("input tokens", {X: t(4, 3, 6)}, ValueError, "input of shape [B, ..., I] = [4, 2, 6], got [4, 3, 6]"),
+        ("coeff rank", {"coeff": t(4)}, ValueError, "coeff of shape [B, K], got [4]"),
+        ("coeff dtype", {"coeff": t(4, 3, dtype=F16)}, TypeError,
+         "coeff of dtype float32 (in which sums over float32 grad_output run), got float16; convert it with"),
+        ("coeff device", {"coeff": meta(4, 3)}, ValueError, "coeff on cpu (where grad_output is), got meta"),
+        ("coeff samples", {"coeff": t(2, 3)}, ValueError, "coeff of shape [B, K] = [4, 3], got [2, 3]"),
+        ("no basis point", {"coeff": t(4, 0)}, ValueError, "coeff with at least one basis point (K >= 1), got K = 0"),
+    ],
+    "manifold_linear_grad_coeff": [
+        ("rank 1", {G: t(5)}, ValueError, "grad_output of shape [B, ..., O], got [5]"),
+        ("integers", {G: t(4, 2, 5, dtype=INT)}, TypeError, f"grad_output {FLOATING} int64"),
+        ("input dtype", {X: t(4, 2, 6, dtype=BF16)}, TypeError,
+         "input of dtype float32 (that of grad_output), got bfloat16; convert one of them"),
+        ("input device", {X: meta(4, 2, 6)}, ValueError, "input on cpu (where grad_output is), got meta"),
+        ("input tokens", {X: t(4, 3, 6)}, ValueError, "input of shape [B, ..., I] = [4, 2, 6], got [4, 3, 6]"),
+        ("input width", {X: t(4, 2, 7)}, ValueError, "input of shape [B, ..., I] = [4, 2, 6], got [4, 2, 7]"),
+        ("output width", {G: t(4, 2, 6)}, ValueError, "grad_output of shape [B, ..., O] = [4, ..., 5], got [4, 2, 6]"),
+        ("basis rank", {"basis": t(5, 6)}, ValueError, "basis of shape [K, O, I], got [5, 6]"),
+        ("basis dtype", {"basis": t(3, 5, 6, dtype=F64)}, TypeError,
+         "basis of dtype float32 (that of grad_output), got float64; convert one of them"),
+        ("basis device", {"basis": meta(3, 5, 6)}, ValueError, "basis on cpu (where grad_output is), got meta"),
+        ("no basis point", {"basis": t(0, 5, 6)}, ValueError, "basis with at least one basis point (K >= 1), got K = 0"),
+    ],
+    "interpolate_weights": [
+        ("rank 0", {"basis": t()}, ValueError, "basis of shape [K, ...], got []"),
+        ("integers", {"basis": t(3, 5, 6, dtype=INT)}, TypeError, f"basis {FLOATING} int64"),
+        ("bool", {"basis": t(3, 5, 6, dtype=torch.bool)}, TypeError, f"basis {FLOATING} bool"),
+        ("no basis point", {"basis": t(0, 5, 6), "coeff": t(4, 0)}, ValueError,
+         "basis with at least one basis point (K >= 1), got K = 0"),
+        ("coeff dtype", {"coeff": t(4, 3, dtype=F64)}, TypeError,
+         "coeff of dtype float32 (in which sums over float32 basis run), got float64; convert it with"),
+        ("wide coeff", {"basis": t(3, 5, dtype=F64)}, TypeError,
+         "coeff of dtype float64 (in which sums over float64 basis run), got float32; convert it with"),
+        ("coeff device", {"coeff": meta(4, 3)}, ValueError, "coeff on cpu (where basis is), got meta"),
+        ("coeff rank 1", {"coeff": t(3)}, ValueError, "coeff of shape [B, K], got [3]"),
+        ("coeff rank 3", {"coeff": t(4, 3, 1)}, ValueError, "coeff of shape [B, K], got [4, 3, 1]"),
+        ("coeff points", {"coeff": t(4, 2)}, ValueError, "coeff of shape [B, K] = [4, 3], got [4, 2]"),
+    ],
+    "interpolate_weights_grad_basis": [
+        ("rank 0", {G: t()}, ValueError, "grad_output of shape [B, ...], got []"),
+        ("integers", {G: t(4, 5, 6, dtype=INT)}, TypeError, f"grad_output {FLOATING} int64"),
+        ("int8", {G: t(4, 5, 6, dtype=torch.int8)}, TypeError, f"grad_output {FLOATING} int8"),
+        ("complex", {G: t(4, 5, dtype=torch.complex128)}, TypeError, f"grad_output {FLOATING} complex128"),
+        ("coeff dtype", {"coeff": t(4, 3, dtype=F64)}, TypeError,
+         "coeff of dtype float32 (in which sums over float32 grad_output run), got float64; convert it with"),
+        ("coeff integers", {"coeff": t(4, 3, dtype=INT)}, TypeError,
+         "coeff of dtype float32 (in which sums over float32 grad_output run), got int64; convert it with"),
+        ("coeff device", {"coeff": meta(4, 3)}, ValueError, "coeff on cpu (where grad_output is), got meta"),
+        ("coeff rank 1", {"coeff": t(4)}, ValueError, "coeff of shape [B, K], got [4]"),
+        ("coeff rank 3", {"coeff": t(4, 3, 1)}, ValueError, "coeff of shape [B, K], got [4, 3, 1]"),
+        ("coeff samples", {"coeff": t(5, 3)}, ValueError, "coeff of shape [B, K] = [4, 3], got [5, 3]"),
+    ],
+    "interpolate_weights_grad_coeff": [
+        ("rank 0", {G: t()}, ValueError, "grad_output of shape [B, ...], got []"),
+        ("integers", {G: t(4, 5, 6, dtype=INT)}, TypeError, f"grad_output {FLOATING} int64"),
+        ("uint8", {G: t(4, 5, 6, dtype=torch.uint8)}, TypeError, f"grad_output {FLOATING} uint8"),
+        ("int32", {G: t(4, 5, 6, dtype=torch.int32)}, TypeError, f"grad_output {FLOATING} int32"),
+        ("int16", {G: t(4, 5, 6, dtype=torch.int16)}, TypeError, f"grad_output {FLOATING} int16"),
+        ("basis dtype", {"basis": t(3, 5, 6, dtype=F64)}, TypeError,
+         "basis of dtype float32 (that of grad_output), got float64; convert one of them"),
+        ("basis device", {"basis": meta(3, 5, 6)}, ValueError, "basis on cpu (where grad_output is), got meta"),
+        ("basis rank 0", {"basis": t()}, ValueError, "basis of shape [K, ...], got []"),
+        ("basis rank", {"basis": t(3, 5)}, ValueError, "basis of shape [K, ...] = [3, 5, 6], got [3, 5]"),
+        ("basis shape", {"basis": t(3, 5, 7)}, ValueError, "basis of shape [K, ...] = [3, 5, 6], got [3, 5, 7]"),
+    ],
+    "manifold_metric": [
+        ("rank 1", {"coeff": t(3)}, ValueError, "coeff of shape [N, K], got [3]"),
+        ("rank 3", {"coeff": t(7, 3, 1)}, ValueError, "coeff of shape [N, K], got [7, 3, 1]"),
+        ("bfloat16", {"coeff": t(7, 3, dtype=BF16)}, TypeError,
+         "coeff of dtype float64 or float32, got bfloat16; convert it with .float()"),
+        ("float16", {"coeff": t(7, 3, dtype=F16)}, TypeError, "coeff of dtype float64 or float32, got float16"),
+        ("integers", {"coeff": t(7, 3, dtype=INT)}, TypeError, "coeff of dtype float64 or float32, got int64"),
+        ("weight dtype", {"weight": t(7, dtype=F64)}, TypeError,
+         "weight of dtype float32 (that of coeff), got float64; convert one of them"),
+        ("weight device", {"weight": meta(7)}, ValueError, "weight on cpu (where coeff is), got meta"),
+        ("weight rank", {"weight": t(7, 1)}, ValueError, "weight of shape [N] = [7], got [7, 1]"),
+        ("weight samples", {"weight": t(6)}, ValueError, "weight of shape [N] = [7], got [6]"),
+        ("no condition", {"coeff": t(0, 3), "weight": None}, ValueError,
+         "coeff of at least one condition (N >= 1), got N = 0"),
+    ],
+    "manifold_step_": [
+        ("rank 0", {"param": t()}, ValueError, "param of shape [K, ...], got []"),
+        ("integers", {"param": t(3, 5, dtype=INT)}, TypeError, f"param {FLOATING} int64"),
+        ("grad dtype", {"grad": t(3, 5, dtype=F64)}, TypeError,
+         "grad of dtype float32 (that of param), got float64; convert one of them"),
+        ("grad device", {"grad": meta(3, 5)}, ValueError, "grad on cpu (where param is), got meta"),
+        ("grad shape", {"grad": t(3, 1)}, ValueError, "grad of shape [K, ...] = [3, 5], got [3, 1]"),
+        ("buffer shape", {"momentum_buffer": t(3, 4)}, ValueError,
+         "momentum_buffer of shape [K, ...] = [3, 5], got [3, 4]"),
+        ("buffer dtype", {"momentum_buffer": t(3, 5, dtype=F64)}, TypeError,
+         "momentum_buffer of dtype float32 (that of param), got float64"),
+        ("buffer device", {"momentum_buffer": meta(3, 5)}, ValueError, "momentum_buffer on cpu (where param is), got meta"),
+        ("no buffer", {"momentum_buffer": None}, ValueError,
+         "a momentum_buffer for momentum != 0, got None; pass a tensor like param"),
+        ("metric shape", {"metric_inverse": t(2, 2)}, ValueError, "metric_inverse of shape [K, K] = [3, 3], got [2, 2]"),
+        ("metric dtype", {"metric_inverse": t(3, 3, dtype=F64)}, TypeError,
+         "metric_inverse of dtype float32 (in which sums over float32 param run), got float64"),
+        ("metric device", {"metric_inverse": meta(3, 3)}, ValueError, "metric_inverse on cpu (where param is), got meta"),
+        ("lr NaN", {"lr": math.nan}, ValueError, "lr to be finite, got nan"),
+        ("lr infinite", {"lr": math.inf}, ValueError, "lr to be finite, got inf"),
+        ("momentum infinite", {"momentum": -math.inf}, ValueError, "momentum to be finite, got -inf"),
+        ("dampening NaN", {"dampening": math.nan}, ValueError, "dampening to be finite, got nan"),
+        ("decay NaN", {"weight_decay": math.nan}, ValueError, "weight_decay to be finite, got nan"),
+    ],
+}  # fmt: skip

@@ -1,0 +1,63 @@
+"""What every test file shares: one thread, no state left behind, and the backends of the ops.
+
+``pytest -m "not full"`` is the quick tier, ``pytest`` the whole.
+"""
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import neuromod_ext  # noqa: F401  (registers the ops)
+
+EMULATED = Path(__file__).parents[1] / "build" / "libneuromod_emulated.so"
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_state_left() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    torch.set_num_threads(1)
+    gc.collect(0)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where ops run: a name, the library's op namespace and the device of its tensors."""
+
+    name: str
+    namespace: Any
+    device: str
+    share: float  # of the cases that the CPU's kernels get: the emulator is slow
+
+    def op(self, name: str) -> Callable[..., Any]:
+        return getattr(self.namespace, name).default
+
+    def cases(self, count: int) -> int:
+        return max(1, int(count * self.share))
+
+
+@pytest.fixture(
+    scope="session",
+    params=["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])],
+)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "emulated":
+        if not EMULATED.exists():
+            pytest.fail(
+                f"{EMULATED.name}, the CUDA kernels compiled for the CPU, is not built: run `make`"
+            )
+        torch.ops.load_library(str(EMULATED))
+        return Backend("emulated", torch.ops.neuromod_emulated, "cpu", 0.24)
+    return Backend(request.param, torch.ops.neuromod_ext, request.param, 1.0)

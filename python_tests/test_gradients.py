@@ -1,0 +1,95 @@
+"""Derivatives against finite differences: reverse, forward, batched and second order."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compositions import ALL, Composition
+from op_entries import OPS
+from sampling import Draw
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from neuromod_ext import _ops, autograd
+from neuromod_ext.reference import INTERPOLATE_WEIGHTS, MANIFOLD_LINEAR
+
+QUICK, FULL = 3, 10
+SEEDS = [pytest.param(i, marks=pytest.mark.full if i >= QUICK else []) for i in range(FULL)]
+FORMS = {
+    name: (form, result)
+    for form in (MANIFOLD_LINEAR, INTERPOLATE_WEIGHTS)
+    for result, (name, _) in form.ops.items()
+}
+
+
+def leaves(args: Any) -> tuple[Tensor, ...]:
+    return tuple(t.detach().clone().requires_grad_() for t in args if t is not None)
+
+
+def verify(function: Callable[..., Tensor], args: tuple[Tensor, ...], forward: bool = True) -> None:
+    assert gradcheck(
+        function,
+        args,
+        nondet_tol=0.0,
+        check_forward_ad=forward,
+        check_batched_grad=True,
+        check_batched_forward_grad=forward,
+    )
+    assert gradgradcheck(
+        function,
+        args,
+        nondet_tol=0.0,
+        check_fwd_over_rev=forward,
+        check_rev_over_rev=True,
+        check_batched_grad=False,
+    )
+
+
+@pytest.mark.parametrize("i", SEEDS)
+@pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
+def test_public(entry: Composition, i: int) -> None:
+    """Functions and modules, as a user calls them."""
+    draw = Draw(f"{entry.id}/{i}")
+    verify(entry.call, leaves(entry.make(draw, draw.pick(1, 2, 3))))
+
+
+def small(name: str, i: int) -> tuple[Tensor, ...]:
+    """Operands of an op of a few dozen elements, some of them empty."""
+    for attempt in range(100):
+        tensors = OPS[name].draw(Draw(f"gradients/{name}/{i}/{attempt}"), 150).tensors
+        if sum(t.numel() for t in tensors if t is not None) <= 120:
+            return leaves(tensors)
+    raise AssertionError("no small operands")
+
+
+@pytest.mark.parametrize("i", SEEDS)
+@pytest.mark.parametrize("name", sorted(FORMS))
+def test_contraction(name: str, i: int) -> None:
+    """Each contraction of a form: what derivatives of every order are made of."""
+    form, result = FORMS[name]
+    operands = len(form.operands(result))
+    verify(lambda *args: autograd.contract(form, result, *args), small(name, i)[:operands])
+
+
+@pytest.mark.parametrize("i", SEEDS)
+@pytest.mark.parametrize("name", [name for name in _ops.NAMES if OPS[name].differentiable])
+def test_registered(name: str, i: int) -> None:
+    """The formulas that compiled code uses; torch knows no forward mode for registered ops."""
+    args = small(name, i)
+    assert gradcheck(_ops.OPS[name], args, nondet_tol=0.0)
+    assert gradgradcheck(_ops.OPS[name], args, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
+def test_only_what_is_asked_for(entry: Composition) -> None:
+    """Operands that need no gradient get none, and change nothing for the others."""
+    args = entry.make(Draw(entry.id), 3)
+    everything = leaves(args)
+    want = torch.autograd.grad(entry.call(*everything).sin().sum(), everything)
+    for i in range(len(args)):
+        inputs = [t.detach().clone().requires_grad_(j == i) for j, t in enumerate(args)]
+        entry.call(*inputs).sin().sum().backward()
+        assert [t.grad is not None for t in inputs] == [j == i for j in range(len(args))]
+        torch.testing.assert_close(inputs[i].grad, want[i], rtol=1e-12, atol=1e-12)
+    assert not entry.call(*args).requires_grad

@@ -1,0 +1,167 @@
+"""manifold_conv1d/2d/3d: a loop over samples of torch's convolution with each sample's kernel."""
+
+import itertools
+
+import pytest
+import torch
+from sampling import DTYPES, Draw
+from torch.nn import functional as F
+
+import neuromod_ext.functional as MF
+
+PLAIN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+OURS = {1: MF.manifold_conv1d, 2: MF.manifold_conv2d, 3: MF.manifold_conv3d}
+OPTIONS = [
+    {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    for stride, padding, dilation, groups in itertools.product(
+        (1, 2), (0, 1, "same", "valid"), (1, 2), (1, 2)
+    )
+    if not (padding == "same" and stride != 1)
+]
+
+
+def operands(dims: int, groups: int, dtype: torch.dtype = torch.float64, samples: int = 3):
+    d = Draw(f"conv/{dims}/{groups}", dtype)
+    x = d.tensor(samples, 4, *(7, 6, 5)[:dims])
+    return x, d.tensor(3, 6, 4 // groups, *(3, 2, 1)[:dims]), d.coeff(samples, 3), d.tensor(3, 6)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+@pytest.mark.parametrize("dims", PLAIN)
+def test_equals_a_loop(dims, options) -> None:
+    x, P, c, b = operands(dims, options["groups"])
+    for bias in (None, b):
+        want = [
+            PLAIN[dims](
+                x[i : i + 1],
+                torch.tensordot(c[i], P, 1),
+                None if bias is None else c[i] @ bias,
+                **options,
+            )
+            for i in range(len(x))
+        ]
+        torch.testing.assert_close(OURS[dims](x, P, c, bias, **options), torch.cat(want))
+
+
+@pytest.mark.parametrize("dims", PLAIN)
+def test_tuples(dims) -> None:
+    """Options one a dimension, positional as in torch."""
+    x, P, c, b = operands(dims, 1)
+    options = [(2, 1, 1)[:dims], (1, 0, 2)[:dims], (1, 2, 1)[:dims]]
+    want = [
+        PLAIN[dims](x[i : i + 1], torch.tensordot(c[i], P, 1), c[i] @ b, *options) for i in range(3)
+    ]
+    torch.testing.assert_close(OURS[dims](x, P, c, b, *options), torch.cat(want))
+
+
+@pytest.mark.parametrize("dims", PLAIN)
+@pytest.mark.parametrize("coeff_shape", [(3,), (1, 3)])
+def test_one_condition(dims, coeff_shape) -> None:
+    """One plain convolution, of a batch or of one unbatched sample."""
+    x, P, c, b = operands(dims, 1)
+    c = c[0].reshape(coeff_shape)
+    W, shift = torch.tensordot(c.view(3), P, 1), c.view(3) @ b
+    torch.testing.assert_close(OURS[dims](x, P, c, b), PLAIN[dims](x, W, shift))
+    torch.testing.assert_close(OURS[dims](x[0], P, c, b), PLAIN[dims](x[0], W, shift))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", PLAIN)
+def test_one_basis_point_is_torch_conv(dims, dtype) -> None:
+    x, P, _, b = operands(dims, 2, dtype)
+    c = torch.ones(3, 1, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    out = OURS[dims](x, P[:1], c, b[:1], groups=2)
+    want = PLAIN[dims](x.double(), P[0].double(), b[0].double(), groups=2)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=50 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dims", PLAIN)
+def test_empty_batch(dims) -> None:
+    x, P, c, b = operands(dims, 1)
+    out = OURS[dims](x, P, c, b)
+    none = OURS[dims](x[:0], P, c[:0], b)
+    assert none.shape == (0, *out.shape[1:])
+
+
+def bad_calls(dims: int):
+    space, kernel = (5, 5, 5)[:dims], (3, 3, 3)[:dims]
+    x, P, c, b = (
+        torch.ones(4, 2, *space),
+        torch.ones(3, 6, 2, *kernel),
+        torch.ones(4, 3),
+        torch.ones(3, 6),
+    )
+    letters = {1: "L", 2: "H, W", 3: "D, H, W"}[dims]
+    good = {"input": x, "basis": P, "coeff": c, "bias": b}
+    changes = [
+        ({"input": None}, TypeError, "input to be a Tensor, got NoneType"),
+        ({"coeff": 0.5}, TypeError, "coeff to be a Tensor, got float"),
+        (
+            {"input": x.long()},
+            TypeError,
+            "input of dtype float64, float32, bfloat16 or float16, got int64",
+        ),
+        (
+            {"basis": P.double()},
+            TypeError,
+            "basis of dtype float32 (that of input), got float64; convert one of them",
+        ),
+        ({"basis": P[0]}, ValueError, "basis of shape [K, O, C / groups, k"),
+        (
+            {"basis": P[:0], "coeff": c[:, :0]},
+            ValueError,
+            "basis with at least one basis point (K >= 1), got K = 0",
+        ),
+        (
+            {"coeff": c.double()},
+            TypeError,
+            "coeff of dtype float32 (in which sums over float32 basis run), got float64",
+        ),
+        ({"coeff": c[:2]}, ValueError, "coeff of shape [B, K] = [4, 3], got [2, 3]"),
+        ({"coeff": c[:, :2]}, ValueError, "coeff of shape [B, K] = [4, 3], got [4, 2]"),
+        ({"coeff": c[0, :2]}, ValueError, "coeff of shape [..., K] = [..., 3], got [2]"),
+        ({"coeff": c[None]}, ValueError, "coeff of shape [B, K], got [1, 4, 3]"),
+        ({"coeff": c[0, 0]}, ValueError, "coeff of shape [B, K], got []"),
+        ({"input": x[0]}, ValueError, f"input of shape [B, C, {letters}], got"),
+        (
+            {"input": x[0, 0], "coeff": c[0]},
+            ValueError,
+            f"input of shape [B, C, {letters}] or [C, {letters}], got",
+        ),
+        (
+            {"input": torch.ones(4, 3, *space)},
+            ValueError,
+            "input of 2 channels (basis.shape[2] * groups = 2 * 1), got 3",
+        ),
+        ({"groups": 2}, ValueError, "input of 4 channels (basis.shape[2] * groups = 2 * 2), got 2"),
+        ({"groups": 4}, ValueError, "groups >= 1 that divides O = 6, got 4"),
+        ({"groups": 0}, ValueError, "groups >= 1 that divides O = 6, got 0"),
+        ({"groups": -1}, ValueError, "groups >= 1 that divides O = 6, got -1"),
+        ({"bias": b[0]}, ValueError, "bias of shape [K, O] = [3, 6], got [6]"),
+        ({"bias": b.double()}, TypeError, "bias of dtype float32 (that of basis), got float64"),
+        (
+            {"basis": P.to("meta")},
+            ValueError,
+            "basis on cpu (where input is), got meta; move one of them",
+        ),
+        (
+            {"coeff": c.to("meta")},
+            ValueError,
+            "coeff on cpu (where basis is), got meta; move one of them",
+        ),
+    ]
+    return good, changes
+
+
+@pytest.mark.parametrize("row", range(23))
+@pytest.mark.parametrize("dims", PLAIN)
+def test_bad_calls(dims, row) -> None:
+    good, changes = bad_calls(dims)
+    assert len(changes) == 23
+    OURS[dims](**good)
+    change, error, words = changes[row]
+    with pytest.raises(error) as caught:
+        OURS[dims](**good | change)
+    assert str(caught.value).startswith(f"manifold_conv{dims}d: expected {words}")

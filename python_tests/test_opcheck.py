@@ -1,0 +1,36 @@
+"""torch.library.opcheck: schema, fake, autograd registration, AOT dispatch of every op."""
+
+import pytest
+import torch
+from op_entries import OPS
+from sampling import LAYOUTS, Draw
+from torch import Tensor
+
+from neuromod_ext import _ops
+
+ALL_FOUR = (
+    "test_schema",
+    "test_faketensor",
+    "test_autograd_registration",
+    "test_aot_dispatch_dynamic",
+)
+SAMPLES = [pytest.param(i, marks=pytest.mark.full if i >= 3 else []) for i in range(20)]
+
+
+@pytest.mark.parametrize("i", SAMPLES)
+@pytest.mark.parametrize("name", _ops.NAMES)
+def test_opcheck(name: str, i: int) -> None:
+    op = OPS[name]
+    dtype = op.dtypes[i % len(op.dtypes)]
+    layouts = ("plain",) if i % 2 == 0 else tuple(n for n in LAYOUTS if n != "expanded")
+    call = op.draw(Draw(f"opcheck/{name}/{i}", dtype, layouts=layouts), 2_000)
+    tensors = [t if t is None else leaf(t, op.differentiable) for t in call.tensors]
+    torch.library.opcheck(_ops.OPS[name], tuple(tensors), call.numbers, test_utils=ALL_FOUR)
+
+
+def leaf(t: Tensor, requires_grad: bool) -> Tensor:
+    return t.detach().requires_grad_(requires_grad)
+
+
+def test_all_four_are_run() -> None:
+    assert set(ALL_FOUR) == set(torch.testing._internal.optests.generate_tests.DEFAULT_TEST_UTILS)
