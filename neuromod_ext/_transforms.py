@@ -11,3 +11,12 @@ def transform_active() -> bool:
     torch has no public way to ask; a test pins this one.
     """
     return torch._C._are_functorch_transforms_active()
+
+
+def size_left_open(size: int) -> bool:
+    """Whether ``torch.compile`` or ``torch.export`` traces for any value of a size."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
+
+    return not has_static_value(size)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from neuromod_ext import _checks, autograd
 from neuromod_ext._ops import OPS
-from neuromod_ext._transforms import transform_active
+from neuromod_ext._transforms import size_left_open, transform_active
 from neuromod_ext.reference import MANIFOLD_LINEAR
 
 __all__ = [
@@ -104,13 +104,15 @@ def _manifold_conv(
     condition = coeff.reshape(-1, coeff.shape[-1])
     if condition.shape[0] == 0:  # no sample: any one kernel, for an output of the right shape
         condition = condition.sum(0, keepdim=True)
+    samples = condition.shape[0]
+    if size_left_open(samples):  # a number of groups left open is beyond torch's compilers
+        return _stacked_conv(convolve, input, basis, condition, bias, groups, **options)
     weight = autograd.interpolate_weights(basis, condition)
     if bias is not None:
         bias = autograd.interpolate_weights(bias, condition)
-    if condition.shape[0] == 1:
+    if samples == 1:
         weight, bias = weight.squeeze(0), None if bias is None else bias.squeeze(0)
         return convolve(input, weight, bias, groups=groups, **options)
-    samples = input.shape[0]
     out = convolve(
         input.flatten(0, 1).unsqueeze(0),
         weight.flatten(0, 1),
@@ -119,6 +121,29 @@ def _manifold_conv(
         **options,
     )
     return out.reshape(samples, -1, *out.shape[2:])
+
+
+def _stacked_conv(
+    convolve: Callable[..., Tensor],
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    **options: Any,
+) -> Tensor:
+    """All basis points' convolutions in one, then their mixture: K times the work."""
+    num_basis, out_channels = basis.shape[:2]
+    grouped = basis.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, K, O / groups, ...]
+    out = convolve(input, grouped.flatten(0, 2), None, groups=groups, **options)
+    space = out.dim() - 2
+    out = out.unflatten(1, (groups, num_basis, -1)).to(coeff.dtype)
+    mixed = (out * coeff.reshape(-1, 1, num_basis, *[1] * (space + 1))).sum(2).flatten(1, 2)
+    if bias is not None:
+        blend = torch.matmul(coeff, bias.to(coeff.dtype))
+        mixed = mixed + blend.reshape(-1, out_channels, *[1] * space)
+    result: Tensor = mixed.to(input.dtype)
+    return result
 
 
 def manifold_conv1d(

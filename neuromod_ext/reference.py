@@ -146,9 +146,9 @@ def manifold_metric(coeff: Tensor, weight: Tensor | None = None) -> Tensor:
 
 def weighted_gram(coeff: Tensor, weight: Tensor | None) -> Tensor:
     """:func:`manifold_metric` with any batch dimensions in front."""
-    if weight is None:
-        return torch.matmul(coeff.mT, coeff) / coeff.shape[-2]
-    return torch.matmul(coeff.mT, coeff * weight.unsqueeze(-1))
+    wide = coeff.double()
+    scaled = wide / coeff.shape[-2] if weight is None else wide * weight.unsqueeze(-1)
+    return torch.matmul(wide.mT, scaled).to(coeff.dtype)
 
 
 def manifold_step_(

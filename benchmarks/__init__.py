@@ -1,0 +1,1 @@
+"""What measures the library; not part of the installed package."""

@@ -1,0 +1,38 @@
+"""The runner, ``python -m benchmarks.papers EXPERIMENT``; an experiment is one line here."""
+
+from __future__ import annotations
+
+import tyro
+from rich.console import Console
+
+from benchmarks.papers.report import Failure
+from benchmarks.papers.rotated import Rotated
+
+EXPERIMENTS = {
+    "rotated": Rotated,
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one experiment; return the exit status."""
+    experiment = tyro.extras.subcommand_cli_from_dict(
+        EXPERIMENTS,
+        prog="python -m benchmarks.papers",
+        description="Experiments of the papers; each writes figures and a JSON with all numbers.",
+        args=args,
+    )
+    try:
+        experiment.run(Console())
+    except Failure as failure:
+        Console(stderr=True).print(
+            f"error: {failure}", markup=False, highlight=False, soft_wrap=True
+        )
+        return 1
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted: nothing was written")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
