@@ -38,8 +38,9 @@ def convert(
     Args:
         model: An ordinary model; it is not changed.
         topology: The topology of every new layer.
-        init: 'scratch' draws basis points anew; 'pretrained' sets them so that every condition
-            begins with the model's own weights.
+        init: 'scratch' draws basis points anew, as torch.nn would, whatever the model's weights;
+            'pretrained' sets them so that every condition begins with the model's own weights,
+            trained or not.
         include: Called with each candidate's name and module; False leaves that layer ordinary.
 
     Returns:
