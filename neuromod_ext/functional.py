@@ -179,7 +179,8 @@ def manifold_conv2d(
     .. math:: y_b = \Big(\sum_k c_{bk} P_k\Big) * x_b + \sum_k c_{bk} \beta_k
 
     Each sample's kernel is folded from the basis points, and one grouped convolution applies them
-    all; one condition for the whole batch is one plain convolution.
+    all; one condition for the whole batch is one plain convolution. Compiled code that leaves the
+    batch size open runs all K convolutions instead, and mixes them.
 
     Args:
         input: x, [B, C, H, W]; [C, H, W] too if ``coeff`` is one condition.
