@@ -5,6 +5,7 @@
 
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifndef NEUROMOD_CUDA_VERSION
@@ -13,8 +14,14 @@
 #endif
 
 namespace neuromod {
-bool half_type_tiles(bool bfloat16);  // common/tile_product.cpp; its header would bring in torch's
-}
+// Defined in common/diagnostics.cpp and manifold_linear/manifold_linear_plan.cpp, whose headers would bring in torch's.
+bool half_type_tiles(bool bfloat16);
+const char* vector_isa();
+double tile_seconds(const std::string& dtype, int64_t rows, int64_t cols, int64_t depth, int64_t repeats);
+std::map<std::string, std::vector<std::pair<std::string, double>>> explain_manifold_linear(
+    const std::string& dtype, int64_t batch, int64_t tokens, int64_t num_basis, int64_t num_local, int64_t out_features,
+    int64_t in_features);
+}  // namespace neuromod
 
 namespace {
 
@@ -39,6 +46,7 @@ std::vector<std::string> cpu_features() {
   if (__builtin_cpu_supports("avx512bw")) features.emplace_back("avx512bw");
   if (__builtin_cpu_supports("avx512bf16")) features.emplace_back("avx512bf16");
 #endif
+  features.emplace_back(std::string(neuromod::vector_isa()) + " row operations");
   if (neuromod::half_type_tiles(true)) features.emplace_back("bfloat16 tiles");
   if (neuromod::half_type_tiles(false)) features.emplace_back("float16 tiles");
   return features;
@@ -50,7 +58,16 @@ std::vector<std::string> cpu_features() {
 [[gnu::used]] const char kBuiltAgainst[] = "neuromod_ext built against torch " TORCH_VERSION;
 
 PYBIND11_MODULE(_C, m) {
+  using pybind11::arg;
   m.doc() = "Compiled kernels of neuromod_ext.";
   m.def("build_info", &build_info, "What this binary was built against and with.");
   m.def("cpu_features", &cpu_features, "Instruction sets of this processor that the CPU kernels can use.");
+  m.def("tile_seconds", &neuromod::tile_seconds, arg("dtype"), arg("rows"), arg("cols"), arg("depth"), arg("repeats"),
+        "Seconds that one product tile takes on this thread, its operands in cache: the limit of every CPU plan.");
+  m.def(
+      "explain", &neuromod::explain_manifold_linear, pybind11::kw_only(), arg("dtype"), arg("batch"), arg("tokens") = 1,
+      arg("num_basis"), arg("num_local") = 0, arg("out_features"), arg("in_features"),
+      "Plans of manifold_linear on the CPU for a problem, by pass, with the seconds the cost model expects of each on "
+      "one thread; the first is taken, unless NEUROMOD_PLAN names one. num_local is the number of coefficients of a "
+      "sample of manifold_linear_local, 0 for manifold_linear.");
 }

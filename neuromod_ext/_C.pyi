@@ -1,2 +1,13 @@
 def build_info() -> dict[str, str]: ...
 def cpu_features() -> list[str]: ...
+def explain(
+    *,
+    dtype: str,
+    batch: int,
+    tokens: int = 1,
+    num_basis: int,
+    num_local: int = 0,
+    out_features: int,
+    in_features: int,
+) -> dict[str, list[tuple[str, float]]]: ...
+def tile_seconds(dtype: str, rows: int, cols: int, depth: int, repeats: int) -> float: ...

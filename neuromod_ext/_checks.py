@@ -155,19 +155,104 @@ def _coeff(op: str, coeff: Tensor, like_name: str, like: Tensor) -> None:
     _rank(op, "coeff", coeff, 2, "[B, K]")
 
 
-def manifold_linear(input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None) -> None:
-    op = "manifold_linear"
+def _index(op: str, index: Tensor, coeff: Tensor, num_basis: int) -> None:
+    if index.dtype != torch.int64:
+        raise TypeError(
+            f"{op}: expected index of dtype int64, got {_name(index.dtype)}; "
+            "convert it with .long()"
+        )
+    _device_like(op, "index", index, "coeff", coeff)
+    _same_shape(op, "index", index, "[B]", [coeff.shape[0]])
+    if not 1 <= coeff.shape[1] <= num_basis:
+        raise ValueError(
+            f"{op}: expected coeff with 1 <= L <= K = {num_basis} coefficients a sample, "
+            f"got L = {coeff.shape[1]}"
+        )
+
+
+def _condition(
+    op: str, batch: int, num_basis: int, coeff: Tensor, index: Tensor | None = None
+) -> None:
+    if index is None:
+        _same_shape(op, "coeff", coeff, "[B, K]", [batch, num_basis])
+    else:
+        _same_shape(op, "coeff", coeff, "[B, L]", [batch, coeff.shape[1]])
+        _index(op, index, coeff, num_basis)
+
+
+def _bias(op: str, bias: Tensor | None, basis: Tensor, like_name: str, like: Tensor) -> None:
+    if bias is not None:
+        _like(op, "bias", bias, like_name, like)
+        _same_shape(op, "bias", bias, "[K, O]", basis.shape[:2])
+
+
+def _forward(
+    op: str,
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None = None,
+) -> None:
     _floating(op, "input", input)
     _rank(op, "input", input, 2, "[B, ..., I]", exact=False)
     _basis(op, basis, "input", input)
     _coeff(op, coeff, "input", input)
-    K, O, I = basis.shape
+    K, _, I = basis.shape
     B = input.shape[0]
     _same_shape(op, "input", input, "[B, ..., I]", [B, -1, I])
-    _same_shape(op, "coeff", coeff, "[B, K]", [B, K])
-    if bias is not None:
-        _like(op, "bias", bias, "input", input)
-        _same_shape(op, "bias", bias, "[K, O]", [K, O])
+    _condition(op, B, K, coeff, index)
+    _bias(op, bias, basis, "input", input)
+
+
+def _backward(
+    op: str,
+    grad_output: Tensor,
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None = None,
+) -> None:
+    _floating(op, "grad_output", grad_output)
+    _rank(op, "grad_output", grad_output, 2, "[B, ..., O]", exact=False)
+    _like(op, "input", input, "grad_output", grad_output)
+    _basis(op, basis, "grad_output", grad_output)
+    _coeff(op, coeff, "grad_output", grad_output)
+    K, O, I = basis.shape
+    B = grad_output.shape[0]
+    _same_shape(op, "grad_output", grad_output, "[B, ..., O]", [B, -1, O])
+    _same_shape(op, "input", input, "[B, ..., I]", [*grad_output.shape[:-1], I])
+    _condition(op, B, K, coeff, index)
+    _bias(op, bias, basis, "grad_output", grad_output)
+
+
+def manifold_linear(input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None) -> None:
+    _forward("manifold_linear", input, basis, coeff, bias)
+
+
+def manifold_linear_local(
+    input: Tensor, basis: Tensor, index: Tensor, coeff: Tensor, bias: Tensor | None
+) -> None:
+    _forward("manifold_linear_local", input, basis, coeff, bias, index)
+
+
+def manifold_linear_backward(
+    grad_output: Tensor, input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None
+) -> None:
+    _backward("manifold_linear_backward", grad_output, input, basis, coeff, bias)
+
+
+def manifold_linear_local_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    basis: Tensor,
+    index: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+) -> None:
+    op = "manifold_linear_local_backward"
+    _backward(op, grad_output, input, basis, coeff, bias, index)
 
 
 def manifold_linear_grad_input(grad_output: Tensor, basis: Tensor, coeff: Tensor) -> None:
@@ -179,11 +264,10 @@ def manifold_linear_grad_input(grad_output: Tensor, basis: Tensor, coeff: Tensor
     K, O, _ = basis.shape
     B = grad_output.shape[0]
     _same_shape(op, "grad_output", grad_output, "[B, ..., O]", [B, -1, O])
-    _same_shape(op, "coeff", coeff, "[B, K]", [B, K])
+    _condition(op, B, K, coeff)
 
 
-def manifold_linear_grad_basis(grad_output: Tensor, input: Tensor, coeff: Tensor) -> None:
-    op = "manifold_linear_grad_basis"
+def _outer(op: str, grad_output: Tensor, input: Tensor, coeff: Tensor) -> None:
     _floating(op, "grad_output", grad_output)
     _rank(op, "grad_output", grad_output, 2, "[B, ..., O]", exact=False)
     _like(op, "input", input, "grad_output", grad_output)
@@ -191,8 +275,26 @@ def manifold_linear_grad_basis(grad_output: Tensor, input: Tensor, coeff: Tensor
     B, K = grad_output.shape[0], coeff.shape[1]
     in_features = input.shape[-1] if input.dim() > 0 else 0
     _same_shape(op, "input", input, "[B, ..., I]", [*grad_output.shape[:-1], in_features])
-    _same_shape(op, "coeff", coeff, "[B, K]", [B, K])
+    _condition(op, B, K, coeff)
     _num_basis(op, "coeff", K)
+
+
+def manifold_linear_grad_basis(grad_output: Tensor, input: Tensor, coeff: Tensor) -> None:
+    _outer("manifold_linear_grad_basis", grad_output, input, coeff)
+
+
+def manifold_linear_update_(
+    basis: Tensor, grad_output: Tensor, input: Tensor, coeff: Tensor
+) -> None:
+    op = "manifold_linear_update_"
+    _outer(op, grad_output, input, coeff)
+    _moved_basis(op, basis, grad_output, input, coeff)
+
+
+def _moved_basis(op: str, basis: Tensor, grad_output: Tensor, input: Tensor, coeff: Tensor) -> None:
+    _like(op, "basis", basis, "grad_output", grad_output)
+    want = [coeff.shape[1], grad_output.shape[-1], input.shape[-1]]
+    _same_shape(op, "basis", basis, "[K, O, I]", want)
 
 
 def manifold_linear_grad_coeff(grad_output: Tensor, input: Tensor, basis: Tensor) -> None:
@@ -325,9 +427,24 @@ def manifold_conv(
         _same_shape(op, "bias", bias, "[K, O]", [K, O])
 
 
-def natural_gradient(coeff: Tensor, metric_inverse: Tensor) -> None:
-    op = "natural_gradient"
+def natural_gradient(coeff: Tensor, metric_inverse: Tensor, op: str = "natural_gradient") -> None:
     _rank(op, "coeff", coeff, 2, "[B, K]")
     _like(op, "metric_inverse", metric_inverse, "coeff", coeff)
     K = coeff.shape[1]
     _same_shape(op, "metric_inverse", metric_inverse, "[K, K]", [K, K])
+
+
+def natural_step_(
+    basis: Tensor,
+    input: Tensor,
+    grad_output: Tensor,
+    coeff: Tensor,
+    metric_inverse: Tensor,
+    lr: float,
+) -> None:
+    op = "natural_step_"
+    _outer(op, grad_output, input, coeff)
+    _moved_basis(op, basis, grad_output, input, coeff)
+    natural_gradient(coeff, metric_inverse, op)
+    if not math.isfinite(lr):
+        raise ValueError(f"{op}: expected lr to be finite, got {lr}")

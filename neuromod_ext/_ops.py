@@ -11,20 +11,26 @@ import importlib.util
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuromod_ext import _checks, reference
 from neuromod_ext._checks import accumulation_dtype
+from neuromod_ext.reference import Gradients
 
 NAMES = (
     "manifold_linear",
+    "manifold_linear_backward",
     "manifold_linear_grad_input",
     "manifold_linear_grad_basis",
     "manifold_linear_grad_coeff",
+    "manifold_linear_update_",
+    "manifold_linear_local",
+    "manifold_linear_local_backward",
     "interpolate_weights",
     "interpolate_weights_grad_basis",
     "interpolate_weights_grad_coeff",
@@ -80,7 +86,7 @@ if not EXTENSION and os.environ.get("NEUROMOD_REFERENCE") != "1":
     )
 
 if EXTENSION:
-    OPS: dict[str, Callable[..., Tensor]] = {
+    OPS: dict[str, Callable[..., Any]] = {
         name: getattr(torch.ops.neuromod_ext, name).default for name in NAMES
     }
 else:
@@ -92,6 +98,30 @@ def _fake_manifold_linear(
 ) -> Tensor:
     _checks.manifold_linear(input, basis, coeff, bias)
     return input.new_empty(*input.shape[:-1], basis.shape[1])
+
+
+def _fake_manifold_linear_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    needed: Sequence[bool],
+) -> Gradients:
+    _checks.manifold_linear_backward(grad_output, input, basis, coeff, bias)
+    return _fake_gradients(grad_output, input, basis, coeff, needed)
+
+
+def _fake_gradients(
+    grad_output: Tensor, input: Tensor, basis: Tensor, coeff: Tensor, needed: Sequence[bool]
+) -> Gradients:
+    new = grad_output.new_empty
+    return (
+        new(input.shape) if needed[0] else new(0),
+        new(basis.shape) if needed[1] else new(0),
+        new(coeff.shape, dtype=coeff.dtype) if needed[2] else new(0),
+        new(basis.shape[:2]) if needed[3] else new(0),
+    )
 
 
 def _fake_manifold_linear_grad_input(grad_output: Tensor, basis: Tensor, coeff: Tensor) -> Tensor:
@@ -108,6 +138,32 @@ def _fake_manifold_linear_grad_coeff(grad_output: Tensor, input: Tensor, basis: 
     _checks.manifold_linear_grad_coeff(grad_output, input, basis)
     dtype = accumulation_dtype(grad_output.dtype)
     return grad_output.new_empty(grad_output.shape[0], basis.shape[0], dtype=dtype)
+
+
+def _fake_manifold_linear_update_(
+    basis: Tensor, grad_output: Tensor, input: Tensor, coeff: Tensor
+) -> None:
+    _checks.manifold_linear_update_(basis, grad_output, input, coeff)
+
+
+def _fake_manifold_linear_local(
+    input: Tensor, basis: Tensor, index: Tensor, coeff: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    _checks.manifold_linear_local(input, basis, index, coeff, bias)
+    return input.new_empty(*input.shape[:-1], basis.shape[1])
+
+
+def _fake_manifold_linear_local_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    basis: Tensor,
+    index: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    needed: Sequence[bool],
+) -> Gradients:
+    _checks.manifold_linear_local_backward(grad_output, input, basis, index, coeff, bias)
+    return _fake_gradients(grad_output, input, basis, coeff, needed)
 
 
 def _fake_interpolate_weights(basis: Tensor, coeff: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 
 def transform_active() -> bool:
@@ -11,6 +12,14 @@ def transform_active() -> bool:
     torch has no public way to ask; a test pins this one.
     """
     return torch._C._are_functorch_transforms_active()
+
+
+def tangents_active() -> bool:
+    """Whether tensors may carry tangents: the caller is within a forward-mode ``dual_level``.
+
+    torch has no public way to ask; a test pins this one.
+    """
+    return forward_ad._current_level >= 0
 
 
 def size_left_open(size: int) -> bool:

@@ -3,13 +3,17 @@
 Which wrapping a call takes depends on what surrounds it:
 
 - eager (``vmap``, ``jvp``, ``grad`` and their compositions included): an autograd ``Function``
-  with ``backward``, ``jvp`` and ``vmap``;
+  with ``backward``, ``jvp`` and ``vmap``; the op itself where no derivative can be asked for;
 - while ``torch.compile`` or ``torch.export`` traces: the registered op, whose derivative formula
   is registered too;
 - a ``torch.func`` transform inside compiled code: the einsum reference, which Dynamo sees through.
 
 No single wrapping does all three: a ``Function`` with ``jvp`` is refused by Dynamo, and a
 registered op drops tangents in eager ``jvp``.
+
+The backward of ``manifold_linear`` takes one of two ways. If nothing can differentiate it in turn,
+one fused op yields all gradients; otherwise each gradient is an op of the form by itself, which is
+differentiable.
 """
 
 from __future__ import annotations
@@ -21,94 +25,22 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from neuromod_ext import reference
-from neuromod_ext._ops import EXTENSION, OPS
-from neuromod_ext._transforms import transform_active
-from neuromod_ext.reference import INTERPOLATE_WEIGHTS, MANIFOLD_LINEAR, Form
-
-Operands = Sequence[Tensor]
-Contract = Callable[..., Tensor]
-
-
-def _raw(name: str, *args: Any) -> Tensor:
-    """The op itself: called inside a Function, which is its derivative already."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return OPS[name](*args)
-
-
-def _vjp(
-    form: Form, result: str, values: Operands, grad: Tensor, needs: Sequence[bool], call: Contract
-) -> list[Tensor | None]:
-    """The gradient of each operand: the contraction that yields it, given the cotangent."""
-    known = dict(zip(form.operands(result), values, strict=True)) | {result: grad}
-    return [
-        call(form, name, *(known[other] for other in form.operands(name))) if need else None
-        for name, need in zip(form.operands(result), needs, strict=True)
-    ]
-
-
-def _jvp(
-    form: Form, result: str, values: Operands, tangents: Sequence[Tensor | None], call: Contract
-) -> Tensor | None:
-    """The form is linear in each operand: replace one by its tangent, and sum."""
-    total = None
-    for i, tangent in enumerate(tangents):
-        if tangent is not None:
-            term = call(form, result, *values[:i], tangent, *values[i + 1 :])
-            total = term if total is None else total + term
-    return total
-
-
-def _vmap(
-    form: Form, result: str, size: int, dims: Sequence[int | None], values: Operands, call: Contract
-) -> Tensor:
-    """A batch of contractions. With common basis points it is one with more samples."""
-    names = form.operands(result)
-    basis_shared = result != "basis" and dims[names.index("basis")] is None
-    moved = [v if d is None else v.movedim(d, 0) for v, d in zip(values, dims, strict=True)]
-    if not basis_shared:
-        return form.contract(result, moved, [d is not None for d in dims])
-    flat = [
-        v if name == "basis" else (v.expand(size, *v.shape) if d is None else v).flatten(0, 1)
-        for name, v, d in zip(names, moved, dims, strict=True)
-    ]
-    out = call(form, result, *flat)
-    return out.reshape(size, -1, *out.shape[1:])
-
-
-class ContractionFunction(Function):
-    """One op of a multilinear form; every derivative is another op of the form."""
-
-    @staticmethod
-    def forward(form: Form, result: str, *values: Tensor) -> Tensor:
-        return _raw(form.ops[result][0], *values)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.form, ctx.result, *values = inputs
-        ctx.save_for_backward(*values)
-        ctx.save_for_forward(*values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2:]
-        return (
-            None,
-            None,
-            *_vjp(ctx.form, ctx.result, ctx.saved_tensors, grad, needs, ContractionFunction.apply),
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, _form: None, _result: None, *tangents: Tensor | None) -> Tensor | None:
-        values = ctx.saved_tensors
-        return _jvp(ctx.form, ctx.result, values, tangents, ContractionFunction.apply)
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], form: Form, result: str, *values: Tensor
-    ) -> tuple[Tensor, int]:
-        apply = ContractionFunction.apply
-        return _vmap(form, result, info.batch_size, in_dims[2:], values, apply), 0
+from neuromod_ext import _checks, reference
+from neuromod_ext._contraction import (
+    Contract,
+    apply,
+    contract,
+    form_jvp,
+    form_vjp,
+    form_vmap,
+    raw,
+    registered,
+    underivable,
+    use_reference,
+)
+from neuromod_ext._ops import EXTENSION
+from neuromod_ext._transforms import tangents_active, transform_active
+from neuromod_ext.reference import INTERPOLATE_WEIGHTS, MANIFOLD_LINEAR, Form, densified, positions
 
 
 def _add_bias(output: Tensor, coeff: Tensor, bias: Tensor, middle: int) -> Tensor:
@@ -122,11 +54,13 @@ def _add_bias(output: Tensor, coeff: Tensor, bias: Tensor, middle: int) -> Tenso
 
 
 class ManifoldLinearFunction(Function):
-    """manifold_linear with a bias: a contraction, and a term bilinear in coeff and bias."""
+    """manifold_linear and manifold_linear_local: a contraction, and a term of coeff and bias."""
 
     @staticmethod
-    def forward(input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor) -> Tensor:
-        return _raw("manifold_linear", input, basis, coeff, bias)
+    def forward(
+        input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None, index: Tensor | None
+    ) -> Tensor:
+        return _linear(raw, input, basis, coeff, bias, index)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -135,54 +69,100 @@ class ManifoldLinearFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        apply = ContractionFunction.apply
-        return _manifold_linear_vjp(ctx.saved_tensors, grad, ctx.needs_input_grad, apply)
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        if torch.is_grad_enabled() or transform_active() or tangents_active():
+            return _manifold_linear_vjp(saved, grad, needs, contract)
+        return _manifold_linear_fused_vjp(saved, grad, needs, raw)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        *values, bias = ctx.saved_tensors
-        middle, coeff = values[0].dim() - 2, values[2]
-        total = _jvp(MANIFOLD_LINEAR, "output", values, tangents[:3], ContractionFunction.apply)
+        input, basis, coeff, bias, index = ctx.saved_tensors
+        input_tangent, basis_tangent, coeff_tangent, bias_tangent, _ = tangents
+        if index is not None:
+            coeff = densified(index, coeff, basis.shape[0])
+            if coeff_tangent is not None:
+                coeff_tangent = densified(index, coeff_tangent, basis.shape[0])
+        values, moved = (input, basis, coeff), (input_tangent, basis_tangent, coeff_tangent)
+        total = form_jvp(MANIFOLD_LINEAR, "output", values, moved, contract)
         if total is None:  # only the bias moves
-            total = values[0].new_zeros(*values[0].shape[:-1], bias.shape[-1])
-        if tangents[2] is not None:
-            total = _add_bias(total, tangents[2], bias, middle)
-        if tangents[3] is not None:
-            total = _add_bias(total, coeff, tangents[3], middle)
+            total = input.new_zeros(*input.shape[:-1], basis.shape[1])
+        if coeff_tangent is not None and bias is not None:
+            total = _add_bias(total, coeff_tangent, bias, input.dim() - 2)
+        if bias_tangent is not None:
+            total = _add_bias(total, coeff, bias_tangent, input.dim() - 2)
         return total
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
-        values = args[:3]
-        middle = values[0].dim() - (3 if in_dims[0] is not None else 2)
-        coeff, bias = (
-            v if d is None else v.movedim(d, 0) for v, d in zip(args[2:], in_dims[2:], strict=True)
-        )
-        apply = ContractionFunction.apply
-        if all(d is None for d in in_dims[:3]):
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Tensor | None
+    ) -> tuple[Tensor, int]:
+        """Only without an index: see :func:`manifold_linear`."""
+        values, dims = cast(tuple[Tensor, ...], args[:3]), in_dims[:3]
+        if all(d is None for d in dims):
             out = contract(MANIFOLD_LINEAR, "output", *values)
             out = out.expand(info.batch_size, *out.shape)
         else:
-            out = _vmap(MANIFOLD_LINEAR, "output", info.batch_size, in_dims[:3], values, apply)
-        return _add_bias(out, coeff, bias, middle), 0
+            out = form_vmap(MANIFOLD_LINEAR, "output", info.batch_size, dims, values, contract)
+        coeff, bias = (
+            v if v is None or d is None else v.movedim(d, 0)
+            for v, d in zip(args[2:4], in_dims[2:4], strict=True)
+        )
+        if bias is not None:
+            assert coeff is not None
+            out = _add_bias(out, coeff, bias, values[0].dim() - (3 if dims[0] is not None else 2))
+        return out, 0
+
+
+def _linear(
+    call: Callable[..., Any],
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+) -> Tensor:
+    """The op that goes with an index, or without one; ``call`` takes its name and arguments."""
+    if index is None:
+        return cast(Tensor, call("manifold_linear", input, basis, coeff, bias))
+    return cast(Tensor, call("manifold_linear_local", input, basis, index, coeff, bias))
+
+
+def _manifold_linear_fused_vjp(
+    saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], call: Callable[..., Any]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of input, basis, coeff, bias and index by one op, which has no derivative."""
+    input, basis, coeff, bias, index = saved
+    needed = list(needs[:4])
+    if index is None:
+        grads = call("manifold_linear_backward", grad, input, basis, coeff, bias, needed)
+    else:
+        name = "manifold_linear_local_backward"
+        grads = call(name, grad, input, basis, index, coeff, bias, needed)
+    return (*(g if need else None for g, need in zip(grads, needed, strict=True)), None)
 
 
 def _manifold_linear_vjp(
     saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], call: Contract
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of input, basis, coeff and bias (which may be None)."""
-    *values, bias = saved
-    grads = _vjp(MANIFOLD_LINEAR, "output", values, grad, needs[:3], call)
-    if bias is None:
-        return (*grads, None)
-    coeff = values[2]
-    sample_grad = grad.to(coeff.dtype)
-    if grad.dim() > 2:
-        sample_grad = sample_grad.sum(tuple(range(1, grad.dim() - 1)))
-    if grads[2] is not None:
-        grads[2] = grads[2] + torch.matmul(sample_grad, bias.to(coeff.dtype).mT)
-    grad_bias = torch.matmul(coeff.mT, sample_grad).to(bias.dtype) if needs[3] else None
-    return (*grads, grad_bias)
+    """The same, differentiable."""
+    input, basis, coeff, bias, index = saved
+    given = coeff
+    if index is not None:
+        coeff = densified(index, coeff, basis.shape[0])
+    values = (input, basis, coeff)
+    grads = form_vjp(MANIFOLD_LINEAR, "output", values, grad, needs[:3], call)
+    grad_bias = None
+    if bias is not None:
+        sample_grad = grad.to(coeff.dtype)
+        if grad.dim() > 2:
+            sample_grad = sample_grad.sum(tuple(range(1, grad.dim() - 1)))
+        if grads[2] is not None:
+            grads[2] = grads[2] + torch.matmul(sample_grad, bias.to(coeff.dtype).mT)
+        if needs[3]:
+            grad_bias = torch.matmul(coeff.mT, sample_grad).to(bias.dtype)
+    if index is not None and grads[2] is not None:
+        grads[2] = grads[2].gather(-1, positions(index, given.shape[-1], basis.shape[0]))
+    return (*grads, grad_bias, None)
 
 
 class ManifoldMetricFunction(Function):
@@ -190,7 +170,7 @@ class ManifoldMetricFunction(Function):
 
     @staticmethod
     def forward(coeff: Tensor, weight: Tensor | None) -> Tensor:
-        return _raw("manifold_metric", coeff, weight)
+        return cast(Tensor, raw("manifold_metric", coeff, weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -241,33 +221,27 @@ def _manifold_metric_vjp(
     return grad_coeff, grad_weight
 
 
-def _use_reference() -> bool:
-    return not EXTENSION or (torch.compiler.is_compiling() and transform_active())
+def manifold_linear(
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """The op, or with an index manifold_linear_local, differentiable; shapes as kernels take them.
 
-
-def _apply(function: type[Function], *args: Any) -> Tensor:
-    return cast(Tensor, function.apply(*args))
-
-
-def contract(form: Form, result: str, *values: Tensor) -> Tensor:
-    """The op of ``form`` that yields ``result``, differentiable."""
-    name = form.ops[result][0]
-    if _use_reference():
-        return cast(Tensor, getattr(reference, name)(*values))
-    if torch.compiler.is_compiling():
-        return OPS[name](*values)
-    return _apply(ContractionFunction, form, result, *values)
-
-
-def manifold_linear(input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None) -> Tensor:
-    """The op, differentiable; shapes as the kernel takes them."""
-    if bias is None:
-        return contract(MANIFOLD_LINEAR, "output", input, basis, coeff)
-    if _use_reference():
+    A transform of ``torch.func`` sees a local call as a dense one.
+    """
+    if use_reference() or (index is not None and transform_active()):
+        if index is not None:
+            _checks.manifold_linear_local(input, basis, index, coeff, bias)
+            return manifold_linear(input, basis, densified(index, coeff, basis.shape[0]), bias)
         return reference.manifold_linear(input, basis, coeff, bias)
     if torch.compiler.is_compiling():
-        return OPS["manifold_linear"](input, basis, coeff, bias)
-    return _apply(ManifoldLinearFunction, input, basis, coeff, bias)
+        return _linear(registered, input, basis, coeff, bias, index)
+    if underivable(input, basis, coeff, bias):
+        return _linear(raw, input, basis, coeff, bias, index)
+    return apply(ManifoldLinearFunction, input, basis, coeff, bias, index)
 
 
 def interpolate_weights(basis: Tensor, coeff: Tensor) -> Tensor:
@@ -277,39 +251,70 @@ def interpolate_weights(basis: Tensor, coeff: Tensor) -> Tensor:
 
 def manifold_metric(coeff: Tensor, weight: Tensor | None) -> Tensor:
     """The op, differentiable; shapes as the kernel takes them."""
-    if _use_reference():
+    if use_reference():
         return reference.manifold_metric(coeff, weight)
     if torch.compiler.is_compiling():
-        return OPS["manifold_metric"](coeff, weight)
-    return _apply(ManifoldMetricFunction, coeff, weight)
+        return cast(Tensor, registered("manifold_metric", coeff, weight))
+    if underivable(coeff, weight):
+        return cast(Tensor, raw("manifold_metric", coeff, weight))
+    return apply(ManifoldMetricFunction, coeff, weight)
 
 
 def _register_autograd() -> None:
     """The same derivative formulas for the registered ops, which compiled code calls."""
 
     def call(form: Form, result: str, *values: Tensor) -> Tensor:
-        return OPS[form.ops[result][0]](*values)
+        return cast(Tensor, registered(form.ops[result][0], *values))
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(t for t in inputs if t is None or isinstance(t, Tensor)))
 
     def register(name: str, backward: Callable[..., Any]) -> None:
         torch.library.register_autograd(f"neuromod_ext::{name}", backward, setup_context=save)
 
     def register_contraction(form: Form, result: str) -> None:
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            return tuple(_vjp(form, result, ctx.saved_tensors, grad, ctx.needs_input_grad, call))
+            return tuple(
+                form_vjp(form, result, ctx.saved_tensors, grad, ctx.needs_input_grad, call)
+            )
 
         register(form.ops[result][0], backward)
+
+    def linear_gradients(
+        saved: Sequence[Any], grad: Tensor, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _manifold_linear_vjp(saved, grad, needs, call)
+        return _manifold_linear_fused_vjp(saved, grad, needs, registered)
+
+    def linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = (*ctx.needs_input_grad, False)[:4]  # torch leaves a default argument out
+        return linear_gradients((*ctx.saved_tensors, None), grad, needs)[:4]
+
+    def linear_local(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, basis, index, coeff, bias = ctx.saved_tensors
+        needs = (*ctx.needs_input_grad, False)[:5]
+        needs = needs[:2] + needs[3:]
+        grads = linear_gradients((input, basis, coeff, bias, index), grad, needs)
+        return grads[0], grads[1], None, grads[2], grads[3]
+
+    def register_underivable(name: str) -> None:
+        def refuse(ctx: Any, *grads: Tensor | None) -> None:
+            raise NotImplementedError(
+                f"{name}: expected no derivative of this op to be asked for; call "
+                "manifold_linear_grad_input, _grad_basis and _grad_coeff, which have one"
+            )
+
+        register(name, refuse)
 
     for form in (MANIFOLD_LINEAR, INTERPOLATE_WEIGHTS):
         for result, (name, _) in form.ops.items():
             if name != "manifold_linear":
                 register_contraction(form, result)
-    register(
-        "manifold_linear",
-        lambda ctx, grad: _manifold_linear_vjp(ctx.saved_tensors, grad, ctx.needs_input_grad, call),
-    )
+    register("manifold_linear", linear)
+    register("manifold_linear_local", linear_local)
+    register_underivable("manifold_linear_backward")
+    register_underivable("manifold_linear_local_backward")
     register(
         "manifold_metric",
         lambda ctx, grad: _manifold_metric_vjp(ctx.saved_tensors, grad, ctx.needs_input_grad),

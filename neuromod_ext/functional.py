@@ -8,16 +8,14 @@ differentiable to any order (unless they say otherwise), and work under ``torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from neuromod_ext import _checks, autograd
-from neuromod_ext._ops import OPS
+from neuromod_ext._contraction import contract
+from neuromod_ext._conv import manifold_conv1d, manifold_conv2d, manifold_conv3d
+from neuromod_ext._ops import EXTENSION, OPS
 from neuromod_ext._transforms import size_left_open, transform_active
 from neuromod_ext.reference import MANIFOLD_LINEAR
 
@@ -27,21 +25,14 @@ __all__ = [
     "manifold_conv2d",
     "manifold_conv3d",
     "manifold_linear",
+    "manifold_linear_local",
     "manifold_metric",
     "manifold_step_",
     "natural_gradient",
+    "natural_step_",
 ]
 
-
-def _autocast(*operands: Tensor | None) -> tuple[Any, ...]:
-    """What autocast asks for: a context in which it is off, then the operands in its dtype."""
-    device = next(t.device for t in operands if t is not None)
-    if not _checks.autocast_enabled(device):
-        return (nullcontext(), *operands)
-    dtype = torch.get_autocast_dtype(device.type)
-    low = (torch.float32, torch.float16, torch.bfloat16)
-    cast = (t.to(dtype) if t is not None and t.dtype in low else t for t in operands)
-    return (torch.autocast(device.type, enabled=False), *cast)
+_FEW_ROWS = 64  # with more, storing the weight costs little beside the product
 
 
 def manifold_linear(
@@ -53,7 +44,11 @@ def manifold_linear(
 
     No per-sample weight is ever stored. Dimensions of ``input`` between the first and the last
     (tokens) share their sample's condition. One condition for the whole batch is folded into one
-    weight first, and then costs what ``torch.nn.functional.linear`` costs.
+    weight, and then costs what ``torch.nn.functional.linear`` costs.
+
+    On the CPU the order of the sums depends on the shapes: many tokens a sample have its weight
+    blended, rounded to the dtype, first. A NaN or an infinity among the operands makes every
+    result it enters NaN or infinite in any order; which of the two may differ.
 
     Args:
         input: x, [B, ..., I]; any shape [..., I] if ``coeff`` is one condition.
@@ -72,157 +67,74 @@ def manifold_linear(
     Source: the basis-point decomposition of Benjamin et al., "Walking the Weight Manifold".
     """
     _checks.tensors("manifold_linear", input=input, basis=basis, coeff=coeff)
-    context, input, basis, bias = _autocast(input, basis, bias)
-    with context:
-        one_condition = coeff.dim() == 1 or (coeff.dim() == 2 and coeff.shape[0] == 1)
-        if not one_condition or input.dim() == 0:
-            return autograd.manifold_linear(input, basis, coeff, bias)
-        condition = coeff.reshape(1, -1)
-        rows = input.unsqueeze(0)
-        if input.dim() == 1:
-            return autograd.manifold_linear(rows, basis, condition, bias).squeeze(0)
-        _checks.manifold_linear(rows, basis, condition, bias)
-        weight = autograd.interpolate_weights(basis, condition).squeeze(0)
-        if bias is not None:
-            bias = autograd.interpolate_weights(bias, condition).squeeze(0)
-        return F.linear(input, weight, bias)
+    if _checks.autocast_enabled(input.device):
+        input, basis, bias = _low(input), _low(basis), None if bias is None else _low(bias)
+        with torch.autocast(input.device.type, enabled=False):
+            return _manifold_linear(input, basis, coeff, bias)
+    return _manifold_linear(input, basis, coeff, bias)
 
 
-def _manifold_conv(
-    dims: int,
-    convolve: Callable[..., Tensor],
-    input: Tensor,
-    basis: Tensor,
-    coeff: Tensor,
-    bias: Tensor | None,
-    groups: int,
-    **options: Any,
-) -> Tensor:
-    op = f"manifold_conv{dims}d"
-    _checks.tensors(op, input=input, basis=basis, coeff=coeff)
-    _checks.manifold_conv(op, dims, input, basis, coeff, bias, groups)
-    condition = coeff.reshape(-1, coeff.shape[-1])
-    if condition.shape[0] == 0:  # no sample: any one kernel, for an output of the right shape
-        condition = condition.sum(0, keepdim=True)
-    samples = condition.shape[0]
-    if size_left_open(samples):  # a number of groups left open is beyond torch's compilers
-        return _stacked_conv(convolve, input, basis, condition, bias, groups, **options)
-    weight = autograd.interpolate_weights(basis, condition)
+def _low(t: Tensor) -> Tensor:
+    """An operand in the dtype that autocast asks for; float64 stays."""
+    if t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return t
+    return t.to(torch.get_autocast_dtype(t.device.type))
+
+
+def _manifold_linear(input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None) -> Tensor:
+    one_condition = coeff.dim() == 1 or (coeff.dim() == 2 and coeff.shape[0] == 1)
+    if not one_condition or input.dim() == 0:
+        return autograd.manifold_linear(input, basis, coeff, bias)
+    rows, condition = input.unsqueeze(0), coeff.reshape(1, -1)
+    if input.dim() == 1 or _folds_in_cache(input):
+        return autograd.manifold_linear(rows, basis, condition, bias).squeeze(0)
+    _checks.manifold_linear(rows, basis, condition, bias)
+    weight = autograd.interpolate_weights(basis, condition).squeeze(0)
     if bias is not None:
-        bias = autograd.interpolate_weights(bias, condition)
-    if samples == 1:
-        weight, bias = weight.squeeze(0), None if bias is None else bias.squeeze(0)
-        return convolve(input, weight, bias, groups=groups, **options)
-    out = convolve(
-        input.flatten(0, 1).unsqueeze(0),
-        weight.flatten(0, 1),
-        None if bias is None else bias.flatten(),
-        groups=samples * groups,
-        **options,
-    )
-    return out.reshape(samples, -1, *out.shape[2:])
+        bias = autograd.interpolate_weights(bias, condition).squeeze(0)
+    return F.linear(input, weight, bias)
 
 
-def _stacked_conv(
-    convolve: Callable[..., Tensor],
-    input: Tensor,
-    basis: Tensor,
-    coeff: Tensor,
-    bias: Tensor | None,
-    groups: int,
-    **options: Any,
+def _folds_in_cache(input: Tensor) -> bool:
+    """Whether the op folds one condition's weight faster than F.linear takes a stored one."""
+    if not EXTENSION or input.device.type != "cpu" or transform_active():
+        return False
+    return not size_left_open(input.numel()) and input.numel() <= _FEW_ROWS * input.shape[-1]
+
+
+def manifold_linear_local(
+    input: Tensor, basis: Tensor, index: Tensor, coeff: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """All basis points' convolutions in one, then their mixture: K times the work."""
-    num_basis, out_channels = basis.shape[:2]
-    grouped = basis.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, K, O / groups, ...]
-    out = convolve(input, grouped.flatten(0, 2), None, groups=groups, **options)
-    space = out.dim() - 2
-    out = out.unflatten(1, (groups, num_basis, -1)).to(coeff.dtype)
-    mixed = (out * coeff.reshape(-1, 1, num_basis, *[1] * (space + 1))).sum(2).flatten(1, 2)
-    if bias is not None:
-        blend = torch.matmul(coeff, bias.to(coeff.dtype))
-        mixed = mixed + blend.reshape(-1, out_channels, *[1] * space)
-    result: Tensor = mixed.to(input.dtype)
-    return result
+    r"""Apply :func:`manifold_linear` with few non-zero coefficients, of consecutive basis points.
 
+    .. math:: y_b = \sum_{l < L} c_{bl} (P_k x_b + \beta_k), \qquad k = (i_b + l) \bmod K
 
-def manifold_conv1d(
-    input: Tensor,
-    basis: Tensor,
-    coeff: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    r"""Convolve over one dimension with a kernel chosen, sample by sample, on a weight manifold.
-
-    As :func:`manifold_conv2d`, with ``input`` [B, C, L] and ``basis`` [K, O, C / groups, kL].
-    """
-    options = {"stride": stride, "padding": padding, "dilation": dilation}
-    return _manifold_conv(1, F.conv1d, input, basis, coeff, bias, groups, **options)
-
-
-def manifold_conv2d(
-    input: Tensor,
-    basis: Tensor,
-    coeff: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    r"""Convolve over two dimensions with a kernel chosen, sample by sample, on a weight manifold.
-
-    .. math:: y_b = \Big(\sum_k c_{bk} P_k\Big) * x_b + \sum_k c_{bk} \beta_k
-
-    Each sample's kernel is folded from the basis points, and one grouped convolution applies them
-    all; one condition for the whole batch is one plain convolution. Compiled code that leaves the
-    batch size open runs all K convolutions instead, and mixes them.
+    It costs L of the K basis points; ``topology.local(s)`` yields index and coefficients of a
+    curve on which few basis points act at a time. Other basis points do not enter a sample's
+    result, even where they are not finite. Under a ``torch.func`` transform, and where no kernel
+    is built, the other coefficients are filled up with zeros instead.
 
     Args:
-        input: x, [B, C, H, W]; [C, H, W] too if ``coeff`` is one condition.
-        basis: P, [K, O, C / groups, kH, kW].
-        coeff: c, [B, K], or [1, K] or [K] for one condition; float64 for float64 operands, else
-            float32.
+        input: x, [B, ..., I].
+        basis: P, [K, O, I], of the dtype of ``input``: float64, float32, bfloat16 or float16.
+        index: i, [B], int64: the basis point of each sample's first coefficient, modulo K.
+        coeff: c, [B, L], 1 <= L <= K; float64 for float64 operands, else float32.
         bias: β, [K, O], or None.
-        stride: as in ``torch.nn.functional.conv2d``.
-        padding: likewise, 'same' and 'valid' included.
-        dilation: likewise.
-        groups: likewise.
 
     Returns:
-        y, [B, O, H', W'].
+        y, [B, ..., O], of the dtype of ``input`` (of autocast, where that is on).
 
     Raises:
         TypeError: a dtype does not fit, or an argument is no tensor.
         ValueError: a shape or device does not fit.
-
-    Source: Benjamin et al., "Walking the Weight Manifold".
     """
-    options = {"stride": stride, "padding": padding, "dilation": dilation}
-    return _manifold_conv(2, F.conv2d, input, basis, coeff, bias, groups, **options)
-
-
-def manifold_conv3d(
-    input: Tensor,
-    basis: Tensor,
-    coeff: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    r"""Convolve over three dimensions with a kernel chosen, sample by sample, on a weight manifold.
-
-    As :func:`manifold_conv2d`, with ``input`` [B, C, D, H, W] and ``basis``
-    [K, O, C / groups, kD, kH, kW].
-    """
-    options = {"stride": stride, "padding": padding, "dilation": dilation}
-    return _manifold_conv(3, F.conv3d, input, basis, coeff, bias, groups, **options)
+    op = "manifold_linear_local"
+    _checks.tensors(op, input=input, basis=basis, index=index, coeff=coeff)
+    if _checks.autocast_enabled(input.device):
+        input, basis, bias = _low(input), _low(basis), None if bias is None else _low(bias)
+        with torch.autocast(input.device.type, enabled=False):
+            return autograd.manifold_linear(input, basis, coeff, bias, index)
+    return autograd.manifold_linear(input, basis, coeff, bias, index)
 
 
 def interpolate_weights(basis: Tensor, coeff: Tensor) -> Tensor:
@@ -269,8 +181,10 @@ def manifold_metric(coeff: Tensor, weight: Tensor | None = None) -> Tensor:
     Source: the metric M(s) of Benjamin et al., "Walking the Weight Manifold", integrated.
     """
     _checks.tensors("manifold_metric", coeff=coeff)
-    with _autocast(coeff)[0]:
-        return autograd.manifold_metric(coeff, weight)
+    if _checks.autocast_enabled(coeff.device):
+        with torch.autocast(coeff.device.type, enabled=False):
+            return autograd.manifold_metric(coeff, weight)
+    return autograd.manifold_metric(coeff, weight)
 
 
 def natural_gradient(
@@ -304,10 +218,82 @@ def natural_gradient(
         op, input=input, grad_output=grad_output, coeff=coeff, metric_inverse=metric_inverse
     )
     _checks.natural_gradient(coeff, metric_inverse)
-    context, input, grad_output = _autocast(input, grad_output)
-    with context:
-        dual = torch.matmul(coeff, metric_inverse.mT)
-        return autograd.contract(MANIFOLD_LINEAR, "basis", grad_output, input, dual)
+    if _checks.autocast_enabled(input.device):
+        input, grad_output = _low(input), _low(grad_output)
+        with torch.autocast(input.device.type, enabled=False):
+            return _natural_gradient(input, grad_output, coeff, metric_inverse)
+    return _natural_gradient(input, grad_output, coeff, metric_inverse)
+
+
+def _natural_gradient(
+    input: Tensor, grad_output: Tensor, coeff: Tensor, metric_inverse: Tensor
+) -> Tensor:
+    dual = torch.matmul(coeff, metric_inverse.mT)
+    return contract(MANIFOLD_LINEAR, "basis", grad_output, input, dual)
+
+
+@torch.no_grad()
+def natural_step_(
+    basis: Tensor,
+    input: Tensor,
+    grad_output: Tensor,
+    coeff: Tensor,
+    metric_inverse: Tensor,
+    lr: float,
+) -> Tensor:
+    r"""Move a manifold linear layer's basis points against their :func:`natural_gradient`.
+
+    .. math:: P_j \leftarrow P_j - \eta \sum_b (G^{-1} c_b)_j\, g_b x_b^\top
+
+    In place and in one pass: the gradient is never stored. Not differentiable.
+
+    Args:
+        basis: P, [K, O, I], changed in place.
+        input: x, [B, ..., I], of the dtype of ``basis``.
+        grad_output: g, the loss's gradient with respect to the layer's output, [B, ..., O],
+            likewise.
+        coeff: c, [B, K]; float64 for float64 operands, else float32.
+        metric_inverse: G⁻¹, [K, K], symmetric, of the dtype of ``coeff``.
+        lr: η, the learning rate, 1/(2λ) in the paper's terms.
+
+    Returns:
+        ``basis``.
+
+    Raises:
+        TypeError: a dtype does not fit (under autocast, that of ``basis`` is autocast's), or an
+            argument is no tensor.
+        ValueError: a shape or device does not fit, ``lr`` is not finite, or ``basis`` overlaps
+            another argument.
+        NotImplementedError: under a ``torch.func`` transform.
+
+    Source: the update of Benjamin et al., "Walking the Weight Manifold"; the dual form is ours.
+    """
+    op = "natural_step_"
+    _checks.tensors(
+        op,
+        basis=basis,
+        input=input,
+        grad_output=grad_output,
+        coeff=coeff,
+        metric_inverse=metric_inverse,
+    )
+    _refuse_transforms(op)
+    if _checks.autocast_enabled(input.device):
+        input, grad_output = _low(input), _low(grad_output)
+        with torch.autocast(input.device.type, enabled=False):
+            return natural_step_(basis, input, grad_output, coeff, metric_inverse, lr)
+    _checks.natural_step_(basis, input, grad_output, coeff, metric_inverse, lr)
+    dual = torch.matmul(coeff, metric_inverse.mT) * -lr
+    OPS["manifold_linear_update_"](basis, grad_output, input, dual)
+    return basis
+
+
+def _refuse_transforms(op: str) -> None:
+    if transform_active():
+        raise NotImplementedError(
+            f"{op}: expected no torch.func transform around it, got one; it works in place and "
+            "is not differentiable"
+        )
 
 
 @torch.no_grad()
@@ -361,11 +347,7 @@ def manifold_step_(
     Source: ΔP = −(1/2λ) [∫M ds]⁻¹ ∫g ds of Benjamin et al., "Walking the Weight Manifold".
     """
     _checks.tensors("manifold_step_", param=param, grad=grad)
-    if transform_active():
-        raise NotImplementedError(
-            "manifold_step_: expected no torch.func transform around it, got one; it works in "
-            "place and is not differentiable"
-        )
+    _refuse_transforms("manifold_step_")
     OPS["manifold_step_"](
         param,
         grad,

@@ -16,6 +16,8 @@ from torch import Tensor
 from neuromod_ext import _checks
 from neuromod_ext._checks import accumulation_dtype
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of input, basis, coeff and bias
+
 
 @dataclass(frozen=True)
 class Form:
@@ -96,10 +98,16 @@ def manifold_linear(
 ) -> Tensor:
     """y[b,t] = Σ_k c[b,k] (P[k] x[b,t] + β[k])."""
     _checks.manifold_linear(input, basis, coeff, bias)
-    if bias is not None:  # one more input, always 1: the bias is added before c is applied
-        input = torch.cat((input, input.new_ones(*input.shape[:-1], 1)), -1)
-        basis = torch.cat((basis, bias.unsqueeze(-1)), -1)
+    input, basis = _with_bias(input, basis, bias)
     return MANIFOLD_LINEAR.contract("output", (input, basis, coeff), (False,) * 3)
+
+
+def _with_bias(input: Tensor, basis: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The bias as one more input that is always 1, so that it is added before c is applied."""
+    if bias is None:
+        return input, basis
+    ones = input.new_ones(*input.shape[:-1], 1)
+    return torch.cat((input, ones), -1), torch.cat((basis, bias.unsqueeze(-1)), -1)
 
 
 def manifold_linear_grad_input(grad_output: Tensor, basis: Tensor, coeff: Tensor) -> Tensor:
@@ -118,6 +126,85 @@ def manifold_linear_grad_coeff(grad_output: Tensor, input: Tensor, basis: Tensor
     """dc[b,k] = Σ_t g[b,t]ᵀ P[k] x[b,t]."""
     _checks.manifold_linear_grad_coeff(grad_output, input, basis)
     return MANIFOLD_LINEAR.contract("coeff", (grad_output, input, basis), (False,) * 3)
+
+
+def manifold_linear_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    needed: Sequence[bool],
+) -> Gradients:
+    """The gradients of :func:`manifold_linear`; of one that is not needed, an empty tensor."""
+    _checks.manifold_linear_backward(grad_output, input, basis, coeff, bias)
+    empty = grad_output.new_empty(0)
+    grad_input = grad_basis = grad_coeff = grad_bias = empty
+    if needed[0]:
+        grad_input = manifold_linear_grad_input(grad_output, basis, coeff)
+    input, basis = _with_bias(input, basis, bias)
+    if needed[2]:
+        grad_coeff = manifold_linear_grad_coeff(grad_output, input, basis)
+    if needed[1] or needed[3]:
+        if bias is None:
+            input, _ = _with_bias(input, basis, basis.new_zeros(basis.shape[:2]))
+        both = manifold_linear_grad_basis(grad_output, input, coeff)
+        grad_basis = both[..., :-1].contiguous() if needed[1] else empty
+        grad_bias = both[..., -1].contiguous() if needed[3] else empty
+    return grad_input, grad_basis, grad_coeff, grad_bias
+
+
+def manifold_linear_update_(
+    basis: Tensor, grad_output: Tensor, input: Tensor, coeff: Tensor
+) -> None:
+    """P[k] += Σ_bt c[b,k] g[b,t] x[b,t]ᵀ, in place."""
+    op = "manifold_linear_update_"
+    _checks.manifold_linear_update_(basis, grad_output, input, coeff)
+    read: dict[str, Tensor | None] = {"grad_output": grad_output, "input": input, "coeff": coeff}
+    _checks.written_memory(op, read, basis=basis)
+    wide = accumulation_dtype(basis.dtype)
+    move = manifold_linear_grad_basis(grad_output.to(wide), input.to(wide), coeff)
+    basis.copy_(basis.to(wide) + move)
+
+
+def positions(index: Tensor, num_local: int, num_basis: int) -> Tensor:
+    """The basis points that consecutive coefficients belong to, [B, L]: (index[b] + l) mod K."""
+    step = torch.arange(num_local, device=index.device)
+    return (index.remainder(num_basis).unsqueeze(-1) + step).remainder(num_basis)
+
+
+def densified(index: Tensor, coeff: Tensor, num_basis: int) -> Tensor:
+    """All K coefficients of each sample, of which those that are not given are 0."""
+    dense = coeff.new_zeros(*coeff.shape[:-1], num_basis)
+    return dense.scatter(-1, positions(index, coeff.shape[-1], num_basis), coeff)
+
+
+def manifold_linear_local(
+    input: Tensor, basis: Tensor, index: Tensor, coeff: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """y[b,t] = Σ_l c[b,l] (P[k] x[b,t] + β[k]), k = (index[b] + l) mod K."""
+    _checks.manifold_linear_local(input, basis, index, coeff, bias)
+    return manifold_linear(input, basis, densified(index, coeff, basis.shape[0]), bias)
+
+
+def manifold_linear_local_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    basis: Tensor,
+    index: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    needed: Sequence[bool],
+) -> Gradients:
+    """The gradients of :func:`manifold_linear_local`."""
+    _checks.manifold_linear_local_backward(grad_output, input, basis, index, coeff, bias)
+    K = basis.shape[0]
+    dense = densified(index, coeff, K)
+    grads = manifold_linear_backward(grad_output, input, basis, dense, bias, needed)
+    if not needed[2]:
+        return grads
+    grad_coeff = grads[2].gather(-1, positions(index, coeff.shape[-1], K))
+    return grads[0], grads[1], grad_coeff, grads[3]
 
 
 def interpolate_weights(basis: Tensor, coeff: Tensor) -> Tensor:

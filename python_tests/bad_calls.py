@@ -31,10 +31,18 @@ def meta(*shape: int) -> Tensor:
 FLOATING = "of dtype float64, float32, bfloat16 or float16, got"
 
 
-def linear_rows(lead: str, width: int, letter: str) -> Rows:
-    """What forward and grad_input have in common: B = 4, K = 3, O = 5, I = 6."""
+def linear_rows(
+    lead: str, width: int, letter: str, local: bool = False, with_input: bool = False
+) -> Rows:
+    """What ops that read the basis points have in common: B = 4, K = 3, O = 5, I = 6, L = 2."""
     rows_, basis = f"[B, ..., {letter}]", "[K, O, I]"
     sizes = f"[4, ..., {width}]"
+    coeffs, count = ("[B, L]", 2) if local else ("[B, K]", 3)
+    low = {
+        lead: t(4, width, dtype=BF16),
+        "basis": t(3, 5, 6, dtype=BF16),
+        "coeff": t(4, count, dtype=BF16),
+    }
     return [
         ("rank 1", {lead: t(width)}, ValueError, f"{lead} of shape {rows_}, got [{width}]"),
         ("rank 0", {lead: t()}, ValueError, f"{lead} of shape {rows_}, got []"),
@@ -51,24 +59,94 @@ def linear_rows(lead: str, width: int, letter: str) -> Rows:
         ("no basis point", {"basis": t(0, 5, 6), "coeff": t(4, 0)}, ValueError,
          "basis with at least one basis point (K >= 1), got K = 0"),
         ("coeff rank", {"coeff": t(3)}, ValueError, "coeff of shape [B, K], got [3]"),
-        ("coeff dtype", {"coeff": t(4, 3, dtype=F64)}, TypeError,
+        ("coeff dtype", {"coeff": t(4, count, dtype=F64)}, TypeError,
          f"coeff of dtype float32 (in which sums over float32 {lead} run), got float64; "
          "convert it with .to(torch.float32)"),
-        ("low coeff", {lead: t(4, width, dtype=BF16), "basis": t(3, 5, 6, dtype=BF16), "coeff": t(4, 3, dtype=BF16)},
+        ("low coeff", low | {"input": t(4, 6, dtype=BF16)} if with_input else low,
          TypeError, f"coeff of dtype float32 (in which sums over bfloat16 {lead} run), got bfloat16; "
          "convert it with .to(torch.float32)"),
-        ("coeff device", {"coeff": meta(4, 3)}, ValueError, f"coeff on cpu (where {lead} is), got meta"),
-        ("coeff samples", {"coeff": t(5, 3)}, ValueError, "coeff of shape [B, K] = [4, 3], got [5, 3]"),
-        ("coeff points", {"coeff": t(4, 2)}, ValueError, "coeff of shape [B, K] = [4, 3], got [4, 2]"),
+        ("coeff device", {"coeff": meta(4, count)}, ValueError, f"coeff on cpu (where {lead} is), got meta"),
+        ("coeff samples", {"coeff": t(5, count)}, ValueError,
+         f"coeff of shape {coeffs} = [4, {count}], got [5, {count}]"),
     ]  # fmt: skip
 
 
-BASIS_FOR_G = "[K, O, I]"
+DENSE: Rows = [
+    ("coeff points", {"coeff": t(4, 2)}, ValueError, "coeff of shape [B, K] = [4, 3], got [4, 2]"),
+]
+LOCAL: Rows = [
+    ("index dtype", {"index": t(4, dtype=torch.int32)}, TypeError,
+     "index of dtype int64, got int32; convert it with .long()"),
+    ("floating index", {"index": t(4)}, TypeError, "index of dtype int64, got float32; convert it with .long()"),
+    ("index device", {"index": meta(4).long()}, ValueError,
+     "index on cpu (where coeff is), got meta; move one of them"),
+    ("index rank", {"index": t(4, 2, dtype=INT)}, ValueError, "index of shape [B] = [4], got [4, 2]"),
+    ("index samples", {"index": t(3, dtype=INT)}, ValueError, "index of shape [B] = [4], got [3]"),
+    ("no coefficient", {"coeff": t(4, 0)}, ValueError,
+     "coeff with 1 <= L <= K = 3 coefficients a sample, got L = 0"),
+    ("too many coefficients", {"coeff": t(4, 4)}, ValueError,
+     "coeff with 1 <= L <= K = 3 coefficients a sample, got L = 4"),
+]  # fmt: skip
+
+
+def bias_rows(lead: str) -> Rows:
+    return [
+        ("bias shape", {"bias": t(5)}, ValueError, "bias of shape [K, O] = [3, 5], got [5]"),
+        ("bias dtype", {"bias": t(3, 5, dtype=F16)}, TypeError,
+         f"bias of dtype float32 (that of {lead}), got float16; convert one of them"),
+        ("bias device", {"bias": meta(3, 5)}, ValueError, f"bias on cpu (where {lead} is), got meta"),
+    ]  # fmt: skip
+
+
+INPUT_OF_G: Rows = [
+    ("input dtype", {"input": t(4, 6, dtype=F64)}, TypeError,
+     "input of dtype float32 (that of grad_output), got float64; convert one of them"),
+    ("input device", {"input": meta(4, 6)}, ValueError, "input on cpu (where grad_output is), got meta"),
+    ("input rank", {"input": t(4, 2, 6)}, ValueError, "input of shape [B, ..., I] = [4, 6], got [4, 2, 6]"),
+    ("input width", {"input": t(4, 7)}, ValueError, "input of shape [B, ..., I] = [4, 6], got [4, 7]"),
+]  # fmt: skip
+
+
+def outer_rows() -> Rows:
+    """What the ops have in common that sum c g xᵀ over samples: B = 4, K = 3, O = 5, I = 6."""
+    return [
+        ("rank 1", {"grad_output": t(5)}, ValueError, "grad_output of shape [B, ..., O], got [5]"),
+        ("integers", {"grad_output": t(4, 2, 5, dtype=INT)}, TypeError, f"grad_output {FLOATING} int64"),
+        ("input dtype", {"input": t(4, 2, 6, dtype=F64)}, TypeError,
+         "input of dtype float32 (that of grad_output), got float64; convert one of them"),
+        ("input device", {"input": meta(4, 2, 6)}, ValueError, "input on cpu (where grad_output is), got meta"),
+        ("input rank", {"input": t(4, 6)}, ValueError, "input of shape [B, ..., I] = [4, 2, 6], got [4, 6]"),
+        ("input rank 0", {"input": t()}, ValueError, "input of shape [B, ..., I] = [4, 2, 0], got []"),
+        ("input samples", {"input": t(3, 2, 6)}, ValueError, "input of shape [B, ..., I] = [4, 2, 6], got [3, 2, 6]"),
+        ("input tokens", {"input": t(4, 3, 6)}, ValueError, "input of shape [B, ..., I] = [4, 2, 6], got [4, 3, 6]"),
+        ("coeff rank", {"coeff": t(4)}, ValueError, "coeff of shape [B, K], got [4]"),
+        ("coeff dtype", {"coeff": t(4, 3, dtype=F16)}, TypeError,
+         "coeff of dtype float32 (in which sums over float32 grad_output run), got float16; convert it with"),
+        ("coeff device", {"coeff": meta(4, 3)}, ValueError, "coeff on cpu (where grad_output is), got meta"),
+        ("coeff samples", {"coeff": t(2, 3)}, ValueError, "coeff of shape [B, K] = [4, 3], got [2, 3]"),
+        ("no basis point", {"coeff": t(4, 0)}, ValueError, "coeff with at least one basis point (K >= 1), got K = 0"),
+    ]  # fmt: skip
+
+
 GOOD: dict[str, dict[str, Any]] = {
     "manifold_linear": {"input": t(4, 6), "basis": t(3, 5, 6), "coeff": t(4, 3), "bias": t(3, 5)},
+    "manifold_linear_backward": {
+        "grad_output": t(4, 5), "input": t(4, 6), "basis": t(3, 5, 6), "coeff": t(4, 3), "bias": t(3, 5),
+        "needed": [True] * 4,
+    },
     "manifold_linear_grad_input": {"grad_output": t(4, 5), "basis": t(3, 5, 6), "coeff": t(4, 3)},
     "manifold_linear_grad_basis": {"grad_output": t(4, 2, 5), "input": t(4, 2, 6), "coeff": t(4, 3)},
     "manifold_linear_grad_coeff": {"grad_output": t(4, 2, 5), "input": t(4, 2, 6), "basis": t(3, 5, 6)},
+    "manifold_linear_update_": {
+        "basis": t(3, 5, 6), "grad_output": t(4, 2, 5), "input": t(4, 2, 6), "coeff": t(4, 3),
+    },
+    "manifold_linear_local": {
+        "input": t(4, 6), "basis": t(3, 5, 6), "index": t(4, dtype=INT), "coeff": t(4, 2), "bias": t(3, 5),
+    },
+    "manifold_linear_local_backward": {
+        "grad_output": t(4, 5), "input": t(4, 6), "basis": t(3, 5, 6), "index": t(4, dtype=INT), "coeff": t(4, 2),
+        "bias": t(3, 5), "needed": [True] * 4,
+    },
     "interpolate_weights": {"basis": t(3, 5, 6), "coeff": t(4, 3)},
     "interpolate_weights_grad_basis": {"grad_output": t(4, 5, 6), "coeff": t(4, 3)},
     "interpolate_weights_grad_coeff": {"grad_output": t(4, 5, 6), "basis": t(3, 5, 6)},
@@ -80,30 +158,23 @@ GOOD: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 G, X = "grad_output", "input"
 BAD: dict[str, Rows] = {
-    "manifold_linear": [
-        *linear_rows("input", 6, "I"),
-        ("bias shape", {"bias": t(5)}, ValueError, "bias of shape [K, O] = [3, 5], got [5]"),
-        ("bias dtype", {"bias": t(3, 5, dtype=F16)}, TypeError,
-         "bias of dtype float32 (that of input), got float16; convert one of them"),
-        ("bias device", {"bias": meta(3, 5)}, ValueError, "bias on cpu (where input is), got meta"),
+    "manifold_linear": [*linear_rows(X, 6, "I"), *DENSE, *bias_rows(X)],
+    "manifold_linear_backward": [
+        *linear_rows(G, 5, "O", with_input=True), *DENSE, *bias_rows(G), *INPUT_OF_G,
     ],
-    "manifold_linear_grad_input": linear_rows(G, 5, "O"),
-    "manifold_linear_grad_basis": [
-        ("rank 1", {G: t(5)}, ValueError, "grad_output of shape [B, ..., O], got [5]"),
-        ("integers", {G: t(4, 2, 5, dtype=INT)}, TypeError, f"grad_output {FLOATING} int64"),
-        ("input dtype", {X: t(4, 2, 6, dtype=F64)}, TypeError,
-         "input of dtype float32 (that of grad_output), got float64; convert one of them"),
-        ("input device", {X: meta(4, 2, 6)}, ValueError, "input on cpu (where grad_output is), got meta"),
-        ("input rank", {X: t(4, 6)}, ValueError, "input of shape [B, ..., I] = [4, 2, 6], got [4, 6]"),
-        ("input rank 0", {X: t()}, ValueError, "input of shape [B, ..., I] = [4, 2, 0], got []"),
-        ("input samples", {X: t(3, 2, 6)}, ValueError, "input of shape [B, ..., I] = [4, 2, 6], got [3, 2, 6]"),
-        ("input tokens", {X: t(4, 3, 6)}, ValueError, "input of shape [B, ..., I] = [4, 2, 6], got [4, 3, 6]"),
-        ("coeff rank", {"coeff": t(4)}, ValueError, "coeff of shape [B, K], got [4]"),
-        ("coeff dtype", {"coeff": t(4, 3, dtype=F16)}, TypeError,
-         "coeff of dtype float32 (in which sums over float32 grad_output run), got float16; convert it with"),
-        ("coeff device", {"coeff": meta(4, 3)}, ValueError, "coeff on cpu (where grad_output is), got meta"),
-        ("coeff samples", {"coeff": t(2, 3)}, ValueError, "coeff of shape [B, K] = [4, 3], got [2, 3]"),
-        ("no basis point", {"coeff": t(4, 0)}, ValueError, "coeff with at least one basis point (K >= 1), got K = 0"),
+    "manifold_linear_grad_input": [*linear_rows(G, 5, "O"), *DENSE],
+    "manifold_linear_grad_basis": outer_rows(),
+    "manifold_linear_update_": [
+        *outer_rows(),
+        ("basis dtype", {"basis": t(3, 5, 6, dtype=BF16)}, TypeError,
+         "basis of dtype float32 (that of grad_output), got bfloat16; convert one of them"),
+        ("basis device", {"basis": meta(3, 5, 6)}, ValueError, "basis on cpu (where grad_output is), got meta"),
+        ("basis shape", {"basis": t(3, 6, 5)}, ValueError, "basis of shape [K, O, I] = [3, 5, 6], got [3, 6, 5]"),
+        ("basis rank", {"basis": t(5, 6)}, ValueError, "basis of shape [K, O, I] = [3, 5, 6], got [5, 6]"),
+    ],
+    "manifold_linear_local": [*linear_rows(X, 6, "I", local=True), *LOCAL, *bias_rows(X)],
+    "manifold_linear_local_backward": [
+        *linear_rows(G, 5, "O", local=True, with_input=True), *LOCAL, *bias_rows(G), *INPUT_OF_G,
     ],
     "manifold_linear_grad_coeff": [
         ("rank 1", {G: t(5)}, ValueError, "grad_output of shape [B, ..., O], got [5]"),

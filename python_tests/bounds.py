@@ -7,17 +7,19 @@ result's dtype, e that of the accumulator (2⁻²⁴; 2⁻⁵³ for float64 oper
 
 A kernel reads exact operands, and a term passes through at most n + 2 roundings of the accumulator
 (to multiply twice, and to add), n the number of summed terms on the longest path (I + K in the
-forward pass: I additions to form a basis point's product, K to mix them; O + K in grad_input;
-B T + 1 in grad_basis; O + I + T in grad_coeff). Each changes the term by a factor within 1 ± e, so
-they miss y by no more than (n + 2) e S to first order, whatever the order of the sums. Storing the
-result rounds once more, by u |y| <= u S; where u > e, c g in grad_basis is rounded once to the
-operands' dtype before the product, by another u S. Since e <= u,
+forward pass: I additions to form a basis point's product, K to mix them, or the other way round;
+about O + K in grad_input; B T + 1 in grad_basis; about O + I + T in grad_coeff, and what partial
+sums add is in linear_entries.py). Each changes the term by a factor within 1 ± e, so they miss y by
+no more than (n + 2) e S to first order, whatever the order of the sums. Storing the result rounds
+once more, by u |y| <= u S. Where u > e, one factor is rounded to the operands' dtype before the
+product, by another u S: c g in grad_basis, or, in plan fold of the forward pass and of grad_input,
+the sample's blended weight, by u sum_k |c_k| |P_k| |x| = u S. Since e <= u,
 
 .. math:: |\text{error}| \le 4 u S + n e S.
 
-Matrix units (AMX) flush denormal numbers to zero. That moves each operand, and each product c g, by
-less than t, the smallest normal number of its dtype; so at most by S' - S, where S' is S with every
-such magnitude enlarged by t; the result moves by t. That is the floor
+Matrix units (AMX) flush denormal numbers to zero. That moves each operand, and each product c g or
+blended weight, by less than t, the smallest normal number of its dtype; so at most by S' - S, where
+S' is S with every such magnitude enlarged by t; the result moves by t. That is the floor
 
 .. math:: 2 (S' - S) + 4 t,
 

@@ -64,6 +64,19 @@ def linear(x: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None = None) 
     return y.squeeze(-2) if x.dim() == 2 else y
 
 
+def local_index(coeff: Tensor) -> Tensor:
+    """Where each sample's coefficients begin: before the first basis point, and on."""
+    return 2 * torch.arange(coeff.shape[0]) - 3
+
+
+def local_linear(x: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The coefficients that are not given are 0."""
+    K = basis.shape[0]
+    at = (local_index(coeff)[:, None] + torch.arange(coeff.shape[1])) % K
+    columns = [(coeff * (at == k)).sum(1) for k in range(K)]
+    return linear(x, basis, torch.stack(columns, 1), bias)
+
+
 def conv(dims: int, **options: Any) -> Callable[..., Tensor]:
     function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
 
@@ -101,6 +114,20 @@ def linear_args(tokens: tuple[int, ...] = (), bias: bool = True, one: bool = Fal
         return (*args, d.tensor(K, O)) if bias else tuple(args)
 
     return make
+
+
+def local_args(tokens: tuple[int, ...] = (), bias: bool = True):
+    def make(d: Draw, B: int) -> tuple[Tensor, ...]:
+        K, O, I = d.pick(2, 3, 4), d.pick(2, 3), d.pick(2, 3)
+        L = d.random.randint(1, K)
+        args = [d.tensor(B, *tokens, I), d.tensor(K, O, I), d.coeff(B, L)]
+        return (*args, d.tensor(K, O)) if bias else tuple(args)
+
+    return make
+
+
+def local_call(x: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None = None) -> Tensor:
+    return MF.manifold_linear_local(x, basis, local_index(coeff), coeff, bias)
 
 
 def conv_args(dims: int, groups: int = 1, bias: bool = True, one: bool = False):
@@ -158,6 +185,22 @@ FUNCTIONS = (
         linear,
         linear_args(one=True),
         (True, False, False, False),
+    ),
+    Composition(
+        "manifold_linear_local",
+        "plain",
+        local_call,
+        local_linear,
+        local_args(bias=False),
+        SHARED_BASIS,
+    ),
+    Composition(
+        "manifold_linear_local",
+        "tokens_bias",
+        local_call,
+        local_linear,
+        local_args((2,)),
+        (*SHARED_BASIS, False),
     ),
     conv_composition(1, "bias", (*SHARED_BASIS, False), padding=1),
     conv_composition(2, "groups", SHARED_BASIS, groups=2, stride=2, padding=1),
@@ -218,10 +261,28 @@ def ellipse(s: Tensor) -> Tensor:
     return torch.stack((torch.ones_like(s), angle.cos(), angle.sin()), -1)
 
 
+def hats(s: Tensor) -> Tensor:
+    """The closed piecewise-linear curve through four points, where two act at a time."""
+    apart = torch.stack([(4 * s - k).remainder(4) for k in range(4)], -1)
+    return (1 - torch.minimum(apart, 4 - apart)).clamp(min=0)
+
+
+CURVES = {
+    "ellipse": (nm.Ellipse(), ellipse),
+    "piecewise": (nm.PiecewiseLinear(4, closed=True), hats),
+}
+
+
 def module_composition(
-    name: str, definition: Callable[..., Tensor], shape, *args: Any, **kwargs: Any
+    name: str,
+    definition: Callable[..., Tensor],
+    shape,
+    *args: Any,
+    curve: str = "ellipse",
+    **kwargs: Any,
 ):
-    made = getattr(nm.nn, name)(*args, **kwargs, dtype=torch.float64, topology=nm.Ellipse())
+    topology, coefficients = CURVES[curve]
+    made = getattr(nm.nn, name)(*args, **kwargs, dtype=torch.float64, topology=topology)
     names = [name for name, _ in made.named_parameters()]
 
     def call(x, s, *parameters):
@@ -231,7 +292,7 @@ def module_composition(
         return definition(
             x,
             weight,
-            ellipse(s.to(torch.float64 if x.dtype == torch.float64 else torch.float32)),
+            coefficients(s.to(torch.float64 if x.dtype == torch.float64 else torch.float32)),
             *bias,
         )
 
@@ -240,11 +301,12 @@ def module_composition(
         return (d.tensor(B, *shape), d.coeff(B), *parameters)
 
     batched = (True, True, *(False,) * len(names))
-    return Composition(name, "ellipse", call, by_definition, make, batched)
+    return Composition(name, curve, call, by_definition, make, batched)
 
 
 MODULES = (
     module_composition("ManifoldLinear", linear, (3,), 3, 2),
+    module_composition("ManifoldLinear", linear, (2, 3), 3, 2, curve="piecewise"),
     module_composition("ManifoldConv1d", conv(1, stride=2), (2, 5), 2, 2, 2, stride=2),
     module_composition(
         "ManifoldConv2d", conv(2, padding="same"), (1, 3, 4), 1, 2, 3, padding="same"
@@ -252,12 +314,16 @@ MODULES = (
     module_composition("ManifoldConv3d", conv(3), (2, 2, 3, 2), 2, 1, 2, bias=False),
 )
 ALL = (*FUNCTIONS, *MODULES)
-NOT_DIFFERENTIABLE = {"manifold_step_": "changes its operands; see test_manifold_step.py"}
+NOT_DIFFERENTIABLE = {
+    "manifold_step_": "changes its operands; see test_manifold_step.py",
+    "natural_step_": "changes its operands; see test_natural_step.py",
+}
 ABSTRACT = {"ManifoldLayer": "abstract; its children are tested"}
 
 # One of each kind; the others' compiled forms are for the full tier, since compiling takes seconds.
 CENTRAL = (
     "manifold_linear-tokens_bias",
+    "manifold_linear_local-tokens_bias",
     "manifold_conv2d-groups",
     "interpolate_weights-batch",
     "manifold_metric-weighted",

@@ -1,145 +1,18 @@
 """How to draw the operands of each op, and what it should yield.
 
-Formulas are numpy's einsums. They sum in the order that the kernels document (a basis point's
-product first, then the mixture), which matters to where infinities become NaN, not to the bound.
+Formulas are numpy's einsums. They sum in the order that the kernels document, which matters to
+where infinities become NaN, not to the bound.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from bounds import Array, Expected, expect
+from entry import Call, Op, einsum, rows
+from linear_entries import LINEAR
 from sampling import Draw, wide
 from torch import Tensor
-
-
-@dataclass
-class Call:
-    """Arguments of one call, tensors by position and numbers by name."""
-
-    tensors: list[Tensor | None]
-    numbers: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Op:
-    """One op.
-
-    Attributes:
-        name: As in ``neuromod_ext._ops.NAMES``.
-        draw: Arguments whose sizes multiply to at most the given number.
-        large: Arguments large enough for several threads.
-        oracle: What the call yields: for a mutating op its operands afterwards, else its result.
-        mutates: Positions of the operands that it changes.
-        differentiable: Whether autograd knows its derivative.
-        dtypes: Dtypes of its operands.
-    """
-
-    name: str
-    draw: Callable[[Draw, int], Call]
-    large: Callable[[Draw], Call]
-    oracle: Callable[..., list[Expected]]
-    mutates: tuple[int, ...] = ()
-    differentiable: bool = True
-    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-    def run(self, function: Callable[..., Any], call: Call) -> list[Tensor]:
-        out = function(*call.tensors, **call.numbers)
-        if not self.mutates:
-            return [out]
-        assert out is None
-        return [call.tensors[i] for i in self.mutates if call.tensors[i] is not None]
-
-
-def einsum(equation: str, *operands: Array) -> Array:
-    """numpy's, which leaves the result uninitialised where a sum has no terms."""
-    if all(t.size for t in operands):
-        return np.einsum(equation, *operands)
-    terms, result = equation.split("->")
-    sizes = {}
-    for letters, t in zip(terms.split(","), operands, strict=True):
-        sizes.update(zip(letters, t.shape, strict=True))
-    return np.zeros([sizes[letter] for letter in result], operands[0].dtype)
-
-
-def tokens(t: Array) -> Array:
-    return t.reshape(t.shape[0], -1 if t.size else int(np.prod(t.shape[1:-1])), t.shape[-1])
-
-
-def rows(t: Array) -> Array:
-    return t.reshape(t.shape[0], int(np.prod(t.shape[1:])))
-
-
-# manifold_linear and the three contractions that leave another operand out
-
-
-def linear_draw(roles: str) -> Callable[[Draw, int], Call]:
-    def draw(d: Draw, most: int) -> Call:
-        B, T, O, I = d.sizes(4, most // 4)
-        K = d.random.randint(1, 16 if most >= B * T * O * I * 16 else 4)
-        middle = d.pick((), (), (T,), (T, 1), (1, T)) if most >= B * T * O * I * K else ()
-        return linear_call(d, roles, B, middle, K, O, I, bias=d.pick(True, False))
-
-    return draw
-
-
-def linear_large(roles: str) -> Callable[[Draw], Call]:
-    return lambda d: linear_call(d, roles, 75, (4,), 3, 150, 200, bias=True)
-
-
-def linear_call(d: Draw, roles: str, B, middle, K, O, I, bias) -> Call:
-    make = {
-        "x": lambda: d.tensor(B, *middle, I),
-        "g": lambda: d.tensor(B, *middle, O),
-        "P": lambda: d.tensor(K, O, I),
-        "c": lambda: d.coeff(B, K),
-        "b": lambda: d.tensor(K, O) if bias else None,
-    }
-    return Call([make[role]() for role in roles])
-
-
-def linear_forward(x: Tensor, P: Tensor, c: Tensor, bias: Tensor | None = None) -> list[Expected]:
-    K, _, I = P.shape
-
-    def formula(at, x, P, c, b=None):
-        z = einsum("bti,koi->btko", tokens(x), P)
-        y = einsum("btko,bk->bto", z if b is None else z + b, c)
-        return y.reshape(*x.shape[:-1], P.shape[1])
-
-    operands = [x, P, c] if bias is None else [x, P, c, bias]
-    return [expect(formula, operands, I + K, x.dtype, x.dtype)]
-
-
-def linear_grad_input(g: Tensor, P: Tensor, c: Tensor) -> list[Expected]:
-    K, O, _ = P.shape
-
-    def formula(at, g, P, c):
-        x = einsum("btki,bk->bti", einsum("bto,koi->btki", tokens(g), P), c)
-        return x.reshape(*g.shape[:-1], P.shape[2])
-
-    return [expect(formula, [g, P, c], O + K, g.dtype, g.dtype)]
-
-
-def linear_grad_basis(g: Tensor, x: Tensor, c: Tensor) -> list[Expected]:
-    def formula(at, g, x, c):
-        cg = einsum("bk,bto->btko", c, tokens(g)) + at.tiny  # stored in the dtype of g
-        return einsum("btko,bti->koi", cg, tokens(x))
-
-    samples = x.numel() // max(x.shape[-1], 1)
-    return [expect(formula, [g, x, c], samples + 1, g.dtype, g.dtype)]
-
-
-def linear_grad_coeff(g: Tensor, x: Tensor, P: Tensor) -> list[Expected]:
-    _, O, I = P.shape
-
-    def formula(at, g, x, P):
-        return einsum("btki,bti->bk", einsum("bto,koi->btki", tokens(g), P), tokens(x))
-
-    T = int(np.prod(x.shape[1:-1]))
-    return [expect(formula, [g, x, P], O + I + T, wide(g.dtype), g.dtype)]
-
 
 # interpolate_weights and its gradients
 
@@ -282,16 +155,7 @@ def step_formula(
 OPS = {
     op.name: op
     for op in (
-        Op("manifold_linear", linear_draw("xPcb"), linear_large("xPcb"), linear_forward),
-        Op(
-            "manifold_linear_grad_input", linear_draw("gPc"), linear_large("gPc"), linear_grad_input
-        ),
-        Op(
-            "manifold_linear_grad_basis", linear_draw("gxc"), linear_large("gxc"), linear_grad_basis
-        ),
-        Op(
-            "manifold_linear_grad_coeff", linear_draw("gxP"), linear_large("gxP"), linear_grad_coeff
-        ),
+        *LINEAR,
         Op("interpolate_weights", interpolate_draw("Pc"), interpolate_large("Pc"), interpolate),
         Op(
             "interpolate_weights_grad_basis",

@@ -1,7 +1,8 @@
 """Random operands: sizes, layouts, values. Every draw is a function of its seed, a string.
 
-A layout places a tensor's elements in a larger allocation whose other elements are NaN, so a kernel
-that reads beside its operand shows it, and one that writes there is caught by :func:`snapshot`.
+A layout places a tensor's elements in a larger allocation whose other elements are NaN (a large
+number beside integers), so a kernel that reads beside its operand shows it, and one that writes
+there is caught by :func:`snapshot`.
 """
 
 import math
@@ -42,7 +43,8 @@ def placed(values: Tensor, layout: str) -> Tensor:
     step = 2 if layout == "strided" else 1
     start = GUARD + (1 if layout == "offset" else 0)
     stop = start + math.prod(shape) * step
-    base = torch.full((stop + GUARD,), math.nan, dtype=values.dtype, device=values.device)
+    guard = math.nan if values.is_floating_point() else 2**62 + 12345
+    base = torch.full((stop + GUARD,), guard, dtype=values.dtype, device=values.device)
     view = base[start:stop:step].view(shape)
     if layout == "transposed":
         view = view.permute(*range(len(shape) - 1, -1, -1))
@@ -106,3 +108,15 @@ class Draw:
     def coeff(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """The same in the dtype of coefficients."""
         return self.tensor(*shape, dtype=wide(dtype or self.dtype))
+
+    def index(self, *shape: int, modulus: int) -> Tensor:
+        """Integers that count modulo ``modulus``: most of them near 0, of either sign."""
+        far = (-(2**63), 2**63 - 1, -modulus, 2 * modulus)
+        near = range(-modulus, 2 * modulus)
+        count = math.prod(shape)
+        values = [
+            self.pick(*far) if self.random.random() < 0.1 else self.pick(*near)
+            for _ in range(count)
+        ]
+        whole = torch.tensor(values, dtype=torch.int64, device=self.device).view(shape)
+        return placed(whole, self.pick(*self.layouts))

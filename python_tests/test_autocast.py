@@ -21,6 +21,7 @@ def explicit(
     """Operands in the low dtype; coefficients (and s), float32."""
     wide = {
         "manifold_linear": (2,),
+        "manifold_linear_local": (2,),
         "natural_gradient": (2, 3),
         "ManifoldLinear": (1,),
     }[entry.subject]
@@ -53,7 +54,8 @@ def test_forward_and_backward(entry: Composition, dtype: torch.dtype) -> None:
     [
         e
         for e in ALL
-        if e.subject in ("manifold_linear", "natural_gradient") and e.label != "one_condition"
+        if e.subject in ("manifold_linear", "manifold_linear_local", "natural_gradient")
+        and e.label != "one_condition"
     ],
     ids=lambda e: e.id,
 )

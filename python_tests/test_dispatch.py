@@ -9,12 +9,15 @@ from compositions import ALL, Composition
 from functorch.compile import make_boxed_func
 from sampling import Draw
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
+import neuromod_ext.functional as MF
 from neuromod_ext import autograd
 
 OURS = {
-    "manifold_linear": ("manifold_linear", "grad_input", "grad_basis", "grad_coeff"),
+    "manifold_linear": ("manifold_linear", "manifold_linear_backward"),
+    "manifold_linear_local": ("manifold_linear_local", "manifold_linear_local_backward"),
     "natural_gradient": ("grad_basis", "grad_input", "manifold_linear"),
     "manifold_metric": ("manifold_metric",),
 }
@@ -34,8 +37,9 @@ def test_compiled_code_calls_the_kernels(entry: Composition) -> None:
     inputs = [t.requires_grad_() for t in entry.make(Draw(entry.id), 3)]
     torch.compile(entry.call, fullgraph=True, backend=backend)(*inputs).sin().sum().backward()
     ours = [target for target in targets if target.startswith("neuromod_ext.")]
-    whole = entry.label == "one_condition" or entry.subject not in ("ManifoldLinear", *OURS)
-    for suffix in FOLDED if whole else OURS.get(entry.subject, OURS["manifold_linear"]):
+    whole = entry.subject not in ("ManifoldLinear", *OURS)
+    linear = "manifold_linear_local" if entry.label == "piecewise" else "manifold_linear"
+    for suffix in FOLDED if whole else OURS.get(entry.subject, OURS[linear]):
         assert any(target.removesuffix(".default").endswith(suffix) for target in ours), (
             suffix,
             targets,
@@ -60,6 +64,49 @@ def test_transform_active() -> None:
     seen.clear()
     spy(x.requires_grad_()).backward()
     assert seen == [False]
+
+
+def test_tangents_active() -> None:
+    """Likewise."""
+    seen = [autograd.tangents_active()]
+    with forward_ad.dual_level():
+        seen.append(autograd.tangents_active())
+    assert seen == [False, True]
+    assert not autograd.tangents_active()
+
+
+@pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
+def test_without_gradients_no_graph(entry: Composition) -> None:
+    """The same bits, whether operands require grad or not, and no node where nothing asks."""
+    args = entry.make(Draw(entry.id), 3)
+    with torch.no_grad():
+        plain = entry.call(*args)
+    asked = entry.call(*(t.clone().requires_grad_() for t in args))
+    for out in (plain, entry.call(*args)):
+        assert out.grad_fn is None
+        assert not out.requires_grad
+        assert torch.equal(out, asked)
+
+
+def test_what_a_transform_left_behind() -> None:
+    """A tensor that escaped from torch.func.grad is the one that went in."""
+    escaped: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        escaped.append(x)
+        return x.sum()
+
+    d = Draw("escaped")
+    x, P, c = d.tensor(3, 4), d.tensor(2, 5, 4), d.coeff(3, 2)
+    for leaf in (x, x.clone().requires_grad_()):
+        escaped.clear()
+        grad(keep)(leaf)
+        out = MF.manifold_linear(escaped[0], P, c)
+        assert torch.equal(out, MF.manifold_linear(x, P, c))
+        assert out.requires_grad == leaf.requires_grad
+        if leaf.requires_grad:
+            out.sum().backward()
+            assert leaf.grad is not None
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -24,7 +24,9 @@ FORMS = {
 
 
 def leaves(args: Any) -> tuple[Tensor, ...]:
-    return tuple(t.detach().clone().requires_grad_() for t in args if t is not None)
+    return tuple(
+        t.detach().clone().requires_grad_(t.is_floating_point()) for t in args if t is not None
+    )
 
 
 def verify(function: Callable[..., Tensor], args: tuple[Tensor, ...], forward: bool = True) -> None:

@@ -45,6 +45,30 @@ def test_one_condition(shape, coeff_shape) -> None:
     torch.testing.assert_close(MF.manifold_linear(x, P, c), F.linear(x, W))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 200])
+def test_one_condition_of_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
+    """Few rows go through the op, many through torch's own product; values and gradients agree."""
+    d = Draw(f"rows/{rows}", dtype)
+    operands = [d.tensor(rows, 9), d.tensor(3, 6, 9), d.coeff(3), d.tensor(3, 6)]
+    ours = [t.clone().requires_grad_() for t in operands]
+    exact = [t.double().requires_grad_() for t in operands]
+    out = MF.manifold_linear(*ours)
+    x, P, c, b = exact
+    want = F.linear(x, torch.tensordot(c, P, 1), c @ b)
+    g = d.tensor(rows, 6)
+    out.backward(g)
+    want.backward(g.double())
+    for got, expected in (
+        (out, want),
+        *((t.grad, u.grad) for t, u in zip(ours, exact, strict=True)),
+    ):
+        size = float(expected.abs().max())
+        torch.testing.assert_close(
+            got.double(), expected, rtol=0, atol=8 * UNIT[dtype] * (size + 9 * rows**0.5)
+        )
+
+
 def test_one_condition_equals_many_that_are_equal() -> None:
     d = Draw("expand")
     x, P, c, b = d.tensor(5, 2, 7), d.tensor(3, 6, 7), d.coeff(3), d.tensor(3, 6)

@@ -1,4 +1,9 @@
-"""NaN and infinities spread exactly as in the einsums that the ops stand for."""
+"""NaN and infinities spread exactly as in the einsums that the ops stand for.
+
+Where the plans of a CPU kernel sum in different orders, an infinity can come out as NaN in one and
+stay infinite in another; each is compared with the einsums in its own order. In no order does an
+operand that is not finite leave a result finite that it enters.
+"""
 
 import itertools
 import math
@@ -7,15 +12,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import Backend
-from op_entries import OPS, Call
+from entry import Call
+from linear_entries import PLANS
+from op_entries import OPS
 from sampling import Draw, name_of
 
 from neuromod_ext import _ops, reference
 
 CASES = [
-    pytest.param(name, dtype, id=f"{name}-{name_of(dtype)}")
+    pytest.param(name, dtype, plan, id=f"{name}-{name_of(dtype)}" + (f"-{plan}" if plan else ""))
     for name, op in OPS.items()
     for dtype in op.dtypes
+    for plan in ("", *(PLANS if op.plan else ()))
 ]
 VALUES = (math.nan, math.inf, -math.inf)
 
@@ -24,28 +32,38 @@ KINDS = (np.isnan, np.isposinf, np.isneginf)
 
 
 def planted(name: str, draw: Draw, position: int) -> Call | None:
-    """A call with one entry of one operand that is not finite, if it has such an operand."""
+    """A call with one entry of one operand that is not finite, if it has such an operand.
+
+    None of its operands is empty: a sum of no terms may be 0 whatever it would be multiplied by.
+    """
     call = OPS[name].draw(draw, 20_000)
     t = call.tensors[position] if position < len(call.tensors) else None
-    if t is None or t.numel() == 0:
+    empty = any(u is not None and u.numel() == 0 for u in call.tensors)
+    if t is None or empty or not t.is_floating_point():
         return None
     t.view(-1)[draw.random.randrange(t.numel())] = draw.pick(*VALUES)
     return call
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_positions(name: str, dtype: torch.dtype, backend: Backend) -> None:
+@pytest.mark.parametrize(("name", "dtype", "plan"), CASES)
+def test_positions(name: str, dtype: torch.dtype, plan: str, backend: Backend, monkeypatch) -> None:
     op = OPS[name]
+    if plan and backend.name != "cpu":
+        pytest.skip("the CPU's kernels have plans, no others")
+    monkeypatch.setenv("NEUROMOD_PLAN", plan)
     cases, tried = backend.cases(40), 0
-    for i, position in itertools.product(range(cases), range(4)):
+    for i, position in itertools.product(range(cases), range(6)):
         draw = Draw(f"nonfinite/{name}/{name_of(dtype)}/{i}", dtype, backend.device)
         call = planted(name, draw, position)
         if call is None:
             continue
-        want = [e.value for e in op.oracle(*call.tensors, **call.numbers)]
+        taken = op.plan(call) if op.plan and backend.name == "cpu" else None
+        want = [e.value for e in op.expected(call, taken)]
         for got, expected in zip(op.run(backend.op(name), call), want, strict=True):
             numbers = got.double().cpu().numpy()
-            for of in KINDS:
+            # A half type's odd depth is padded, and infinity times the padding is NaN.
+            padded = taken == "fold" and dtype.itemsize == 2
+            for of in (np.isfinite,) if padded else KINDS:
                 assert (of(numbers) == of(expected)).all(), f"{draw}, operand {position}"
         tried += 1
     assert tried >= cases // 2
@@ -53,9 +71,12 @@ def test_positions(name: str, dtype: torch.dtype, backend: Backend) -> None:
 
 @pytest.mark.parametrize("name", _ops.NAMES)
 def test_as_in_the_reference(name: str) -> None:
-    """What runs where no kernel is built spreads them alike."""
+    """What runs where no kernel is built spreads them alike: to the same results, or more.
+
+    It fills up local coefficients with zeros, by which infinities of other basis points become NaN.
+    """
     op = OPS[name]
-    for i, position in itertools.product(range(40), range(4)):
+    for i, position in itertools.product(range(40), range(6)):
         draws = [Draw(f"nonfinite/{name}/{i}", op.dtypes[i % len(op.dtypes)]) for _ in range(2)]
         calls = [planted(name, draw, position) for draw in draws]
         if calls[0] is None:
@@ -63,8 +84,10 @@ def test_as_in_the_reference(name: str) -> None:
         by_kernel = op.run(_ops.OPS[name], calls[0])
         by_reference = op.run(getattr(reference, name), calls[1])
         for got, expected in zip(by_kernel, by_reference, strict=True):
-            for of in (torch.isnan, torch.isposinf, torch.isneginf):
-                assert torch.equal(of(got), of(expected)), f"{draws[0]}, operand {position}"
+            same = torch.equal(got.isfinite(), expected.isfinite())
+            if not same and name.startswith("manifold_linear_local"):
+                same = not (expected.isfinite() & ~got.isfinite()).any()
+            assert same, f"{draws[0]}, operand {position}"
 
 
 def test_the_oracle_tells_them_apart() -> None:

@@ -25,11 +25,11 @@ def test_opcheck(name: str, i: int) -> None:
     layouts = ("plain",) if i % 2 == 0 else tuple(n for n in LAYOUTS if n != "expanded")
     call = op.draw(Draw(f"opcheck/{name}/{i}", dtype, layouts=layouts), 2_000)
     tensors = [t if t is None else leaf(t, op.differentiable) for t in call.tensors]
-    torch.library.opcheck(_ops.OPS[name], tuple(tensors), call.numbers, test_utils=ALL_FOUR)
+    torch.library.opcheck(_ops.OPS[name], tuple(tensors), call.others, test_utils=ALL_FOUR)
 
 
 def leaf(t: Tensor, requires_grad: bool) -> Tensor:
-    return t.detach().requires_grad_(requires_grad)
+    return t.detach().requires_grad_(requires_grad and t.is_floating_point())
 
 
 def test_all_four_are_run() -> None:

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
@@ -12,6 +13,7 @@
 #include <type_traits>
 
 #include "common/checks.h"
+#include "common/huge_pages.h"
 #include "common/params.h"
 
 // NEUROMOD_KERNEL(stem): the CPU kernel and the CUDA launcher of an op, as far as this library has them. The library of
@@ -62,6 +64,27 @@ void run(const char* op, c10::Device device, std::common_type_t<void (*)(const P
   TORCH_CHECK(status == 0, op, ": the CUDA launch failed: ", cuda_error_string(status));
 #endif
 #endif
+}
+
+/// Tells autograd that a saved tensor is no longer what it was.
+inline void mark_written(const at::Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
+/// Whether kernels for tensors on `device` are CUDA kernels, emulated ones included.
+inline bool runs_cuda_kernels([[maybe_unused]] c10::Device device) {
+#if defined(NEUROMOD_EMULATED)
+  return true;
+#else
+  return !device.is_cpu();
+#endif
+}
+
+/// A fresh result; a large one on the CPU in huge pages, which spares most of the cost of touching it first.
+inline at::Tensor empty_result(at::IntArrayRef sizes, at::TensorOptions options) {
+  const at::Tensor t = at::empty(sizes, options);
+  if (t.is_cpu() && t.nbytes() >= size_t(4) << 20) advise_huge_pages(t.mutable_data_ptr(), t.nbytes());
+  return t;
 }
 
 /// A view of up to three dimensions that a kernel reads. `t` must outlive it.

@@ -6,7 +6,7 @@
 #if defined(__CUDACC__)
 #define NEUROMOD_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define NEUROMOD_HOST_DEVICE inline
+#define NEUROMOD_HOST_DEVICE inline __attribute__((always_inline))  // compiled for several instruction sets
 #endif
 
 struct CUstream_st;

@@ -1,5 +1,5 @@
 // The inner product of every CPU kernel: one tile C = A B through torch's brgemm (oneDNN: AVX2, AVX-512, AMX; a plain
-// matmul where those are missing). float64, which brgemm lacks, runs on a loop of our own.
+// matmul where those are missing), or for float64, which brgemm lacks, by a row operation.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -7,45 +7,39 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
-#include <type_traits>
 
 #include "common/params.h"
+#include "common/vector.h"
 
 namespace neuromod {
 
-/// Rows and columns of a product tile.
+/// Rows of A, and columns of B, in a product tile; B whose columns are packed rows is cut narrower, which is faster.
 constexpr int64_t kTile = 64;
+constexpr int64_t kNarrowTile = 32;
 
 inline int64_t tile_size(int64_t tile, int64_t total) { return std::min(kTile, total - tile * kTile); }
 
+namespace detail {
 template <class T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <class T>
-constexpr bool is_half_type = std::is_same_v<T, at::BFloat16> || std::is_same_v<T, at::Half>;
-
-/// Cache-line aligned, uninitialised scratch memory.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(count), std::align_val_t{64}))) {}
-  T* data() const { return data_.get(); }
-
- private:
-  struct Release {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<T, Release> data_;
+struct TorchType {
+  using type = T;
 };
+template <>
+struct TorchType<BFloat16> {
+  using type = at::BFloat16;
+};
+template <>
+struct TorchType<Float16> {
+  using type = at::Half;
+};
+}  // namespace detail
 
 /// Whether brgemm wants B's depth interleaved in pairs (AMX and AVX-512 dot products of half-precision pairs).
 template <class T>
 bool interleaved() {
   if constexpr (is_half_type<T>) {
-    static const bool value = at::native::cpublas::could_pack(c10::CppTypeToScalarType<T>::value);
+    using Torch = typename detail::TorchType<T>::type;
+    static const bool value = at::native::cpublas::could_pack(c10::CppTypeToScalarType<Torch>::value);
     return value;
   } else {
     return false;
@@ -71,27 +65,22 @@ void release_tiles() {
   if constexpr (!std::is_same_v<T, double>) at::native::cpublas::brgemm_release(interleaved<T>());
 }
 
-namespace detail {
-
-/// c[cols] += a[depth] b[depth, cols].
-void double_row_product(int64_t cols, int64_t depth, const double* a, const double* b, int64_t ldb, double* c);
-
-}  // namespace detail
-
-/// C[rows, cols] (rows of `ldc`) = or += A B.
+/// C[rows, cols] (rows of `ldc`) = or += A B, both of packed_depth(depth).
 template <class T>
 void tile_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<T> b, acc_t<T>* c, int64_t ldc,
                   bool accumulate) {
-  if (!accumulate && (depth == 0 || std::is_same_v<T, double>)) {
-    for (int64_t r = 0; r < rows; ++r) std::fill_n(c + r * ldc, cols, acc_t<T>(0));
+  if (depth == 0) {
+    for (int64_t r = 0; r < rows && !accumulate; ++r) std::fill_n(c + r * ldc, cols, acc_t<T>(0));
+    return;
   }
-  if (depth == 0) return;
   if constexpr (std::is_same_v<T, double>) {
-    for (int64_t r = 0; r < rows; ++r)
-      detail::double_row_product(cols, depth, a.data + r * a.stride, b.data, b.stride, c + r * ldc);
+    for (int64_t r = 0; r < rows && !accumulate; ++r) std::fill_n(c + r * ldc, cols, 0.0);
+    vectors<T>().add_product(rows, cols, depth, a.data, a.stride, b.data, b.stride, c, ldc);
   } else {
-    at::native::cpublas::brgemm(rows, cols, packed_depth<T>(depth), a.stride, b.stride, ldc, accumulate, a.data, b.data,
-                                c, interleaved<T>());
+    using Torch = typename detail::TorchType<T>::type;
+    at::native::cpublas::brgemm(rows, cols, packed_depth<T>(depth), a.stride, b.stride, ldc, accumulate,
+                                reinterpret_cast<const Torch*>(a.data), reinterpret_cast<const Torch*>(b.data), c,
+                                interleaved<T>());
   }
 }
 

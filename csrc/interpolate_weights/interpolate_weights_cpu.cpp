@@ -1,60 +1,59 @@
-// interpolate_weights on the CPU: the length is cut into chunks that stay in cache; each output chunk is summed over
-// its terms in order in the accumulation type and written once.
-#include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
-#include <algorithm>
-
+// interpolate_weights on the CPU: the length is cut into chunks that stay in cache; each output is summed over its
+// terms in order in the accumulation type and written once.
 #include "common/dispatch.h"
-#include "common/tile_product.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/vector.h"
 #include "interpolate_weights/interpolate_weights.h"
 
 namespace neuromod {
 
 void interpolate_weights_cpu(const InterpolateWeightsParams& p) {
-  dispatch_dtype<at::Half, at::BFloat16>(p.dtype, [&](auto tag) {
+  dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using Acc = acc_t<T>;
-    constexpr int64_t chunk = 1024;
+    using A = acc_t<T>;
+    constexpr int64_t chunk = 2048;
     const int64_t chunks = ceil_div(p.length, chunk);
-    at::parallel_for(0, chunks * p.rows, 1, [&](int64_t begin, int64_t end) {
-      Acc sum[chunk];
+    const double seconds = 1e-10 * double(std::min(p.length, chunk) * (p.terms + 1));
+    parallel_ranges(chunks * p.rows, seconds, [&](int64_t begin, int64_t end) {
+      const Scratch<const T*> in(p.terms);
+      const Scratch<A> c(p.terms);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t m = i % p.rows, first = i / p.rows * chunk, n = std::min(chunk, p.length - first);
-        std::fill_n(sum, n, Acc(0));
         for (int64_t j = 0; j < p.terms; ++j) {
-          const Acc c = *p.mix.at<Acc>(m, j);
-          const T* in = p.in.at<T>(j, first);
-          for (int64_t l = 0; l < n; ++l) sum[l] += c * Acc(in[l]);
+          in[j] = p.in.at<T>(j, first);
+          c[j] = *p.mix.at<A>(m, j);
         }
-        T* out = p.out.at<T>(m, first);
-        for (int64_t l = 0; l < n; ++l) out[l] = T(sum[l]);
+        vectors<T>().mix(n, p.terms, c.data(), in.data(), p.out.at<T>(m, first));
       }
     });
   });
 }
 
 void interpolate_weights_grad_coeff_cpu(const InterpolateWeightsGradCoeffParams& p) {
-  dispatch_dtype<at::Half, at::BFloat16>(p.dtype, [&](auto tag) {
+  dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using Acc = acc_t<T>;
-    constexpr int64_t lanes = 32;  // independent partial sums, folded in order at the end
-    at::parallel_for(0, p.batch * p.num_basis, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / p.num_basis, k = i % p.num_basis;
-        const T* g = p.grad.at<T>(b);
-        const T* w = p.basis.at<T>(k);
-        Acc sum[lanes] = {};
-        int64_t n = 0;
-        for (; n + lanes <= p.length; n += lanes)
-          for (int64_t l = 0; l < lanes; ++l) sum[l] += Acc(g[n + l]) * Acc(w[n + l]);
-        for (int64_t l = 0; n + l < p.length; ++l) sum[l] += Acc(g[n + l]) * Acc(w[n + l]);
-        Acc total = 0;
-        for (int64_t l = 0; l < lanes; ++l) total += sum[l];
-        *p.out.at<Acc>(b, k) = total;
-      }
+    using A = acc_t<T>;
+    constexpr int64_t chunk = 4096;  // of a gradient, which meets every basis point while in cache
+    const int64_t K = p.num_basis, chunks = ceil_div(p.length, chunk), parts = std::clamp<int64_t>(chunks, 1, 16);
+    const Scratch<A> partial(p.batch * parts * K);
+    const double seconds = 1e-10 * double(p.length / parts * (K + 1));
+    parallel(p.batch * parts, seconds, [&](int64_t i) {
+      const int64_t b = i / parts;
+      A* const sum = partial.data() + i * K;
+      std::fill_n(sum, K, A(0));
+      for (int64_t first = i % parts * chunk; first < p.length; first += parts * chunk)
+        for (int64_t k = 0; k < K; ++k)
+          sum[k] +=
+              vectors<T>().dot(std::min(chunk, p.length - first), p.grad.at<T>(b, first), p.basis.at<T>(k, first));
     });
+    for (int64_t b = 0; b < p.batch; ++b) {
+      for (int64_t k = 0; k < K; ++k) {
+        A sum = 0;
+        for (int64_t part = 0; part < parts; ++part) sum += partial[(b * parts + part) * K + k];
+        *p.out.at<A>(b, k) = sum;
+      }
+    }
   });
 }
 

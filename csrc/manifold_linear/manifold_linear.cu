@@ -1,8 +1,9 @@
 // manifold_linear in CUDA: plain SIMT kernels for every dtype, the oracle of faster ones.
 //
 // All four contractions are built from one 64 x 64 product tile: 256 threads of 4 x 4 sums each, operands staged
-// through shared memory 16 deep. Sums run in float32 (float64 for float64): depth in order, then k in order. Any
-// strides; tails are masked in the loads; every output element is written once; no atomics.
+// through shared memory 16 deep. Sums run in float32 (float64 for float64): depth in order, then k in order. Tails are
+// masked in the loads; every output element is written once; no atomics. With an index, basis points that act on no row
+// of a tile are multiplied all the same and left out of the sum.
 #include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "manifold_linear/manifold_linear.h"
@@ -52,13 +53,22 @@ __device__ void tile_product(int64_t depth, Left left, Right right, Fragment<Acc
   }
 }
 
-// out[b,t,n] = sum_k c[b,k] (sum_d rows[b,t,d] weight[k,d,n] + bias[k,n])
+/// The coefficient of basis point k for a row; false if it does not act there.
+template <class Acc>
+__device__ bool coefficient(const ManifoldLinearParams& p, int64_t row, int64_t k, Acc& c) {
+  const int64_t b = row / p.tokens, l = p.entry(b, k);
+  if (l >= p.num_local) return false;
+  c = *p.coeff.at<Acc>(b, l);
+  return true;
+}
+
+// out[r,n] = sum_k c[r,k] (sum_d rows[r,d] weight[k,d,n] + bias[k,n])
 // Grid: x column tiles, y row tiles (strided where there are more than a grid holds). Reads rows and weight once per
 // tile; 2 B T K depth cols flop. Serves forward (depth = i) and grad_input (depth = o).
 template <class T, class Acc>
 __global__ void __launch_bounds__(kThreads)
     manifold_linear_mix_kernel(ManifoldLinearParams p, View rows, View weight, View out, int64_t depth, int64_t cols) {
-  const int64_t num_rows = p.batch * p.tokens, first_col = int64_t(blockIdx.x) * kTile;
+  const int64_t num_rows = p.rows(), first_col = int64_t(blockIdx.x) * kTile;
   for (int64_t first = int64_t(blockIdx.y) * kTile; first < num_rows; first += int64_t(gridDim.y) * kTile) {
     Fragment<Acc> sum, product;
     sum.clear();
@@ -68,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
           depth,
           [&](int r, int64_t d) {
             const int64_t row = first + r;
-            return row < num_rows ? to_acc<Acc>(*rows.at<T>(row / p.tokens, row % p.tokens, d)) : Acc(0);
+            return row < num_rows ? to_acc<Acc>(*rows.at<T>(row, d)) : Acc(0);
           },
           [&](int64_t d, int n) {
             return first_col + n < cols ? to_acc<Acc>(*weight.at<T>(k, d, first_col + n)) : Acc(0);
@@ -76,8 +86,8 @@ __global__ void __launch_bounds__(kThreads)
           product);
       for (int i = 0; i < kPerThread; ++i) {
         const int64_t row = first + Fragment<Acc>::row() + i;
-        if (row >= num_rows) continue;
-        const Acc c = *p.coeff.at<Acc>(row / p.tokens, k);
+        Acc c;
+        if (row >= num_rows || !coefficient(p, row, k, c)) continue;
         for (int j = 0; j < kPerThread; ++j) {
           const int64_t col = first_col + Fragment<Acc>::col() + j;
           const Acc bias = p.bias && col < cols ? to_acc<Acc>(*p.bias.at<T>(k, col)) : Acc(0);
@@ -89,18 +99,18 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t row = first + Fragment<Acc>::row() + i;
       for (int j = 0; j < kPerThread; ++j) {
         const int64_t col = first_col + Fragment<Acc>::col() + j;
-        if (row < num_rows && col < cols) *out.at<T>(row / p.tokens, row % p.tokens, col) = from_acc<T>(sum.at[i][j]);
+        if (row < num_rows && col < cols) *out.at<T>(row, col) = from_acc<T>(sum.at[i][j]);
       }
     }
   }
 }
 
-// row_sums[row,k] = sum_i (g P_k)[row,i] x[row,i], into the workspace.
+// row_sums[row,l] = sum_i (g P_k)[row,i] x[row,i], into the workspace.
 // Grid: x row tiles, y basis points (strided). Column tiles in order; the 16 threads of a row are folded in order.
 template <class T, class Acc>
 __global__ void __launch_bounds__(kThreads) manifold_linear_grad_coeff_rows_kernel(ManifoldLinearParams p) {
   __shared__ Acc partial[kTile][kSide];
-  const int64_t num_rows = p.batch * p.tokens, first = int64_t(blockIdx.x) * kTile;
+  const int64_t num_rows = p.rows(), first = int64_t(blockIdx.x) * kTile;
   for (int64_t k = blockIdx.y; k < p.num_basis; k += gridDim.y) {
     Acc dot[kPerThread] = {};
     for (int64_t first_col = 0; first_col < p.in_features; first_col += kTile) {
@@ -110,7 +120,7 @@ __global__ void __launch_bounds__(kThreads) manifold_linear_grad_coeff_rows_kern
           p.out_features,
           [&](int r, int64_t o) {
             const int64_t row = first + r;
-            return row < num_rows ? to_acc<Acc>(*p.output.at<T>(row / p.tokens, row % p.tokens, o)) : Acc(0);
+            return row < num_rows ? to_acc<Acc>(*p.output.at<T>(row, o)) : Acc(0);
           },
           [&](int64_t o, int n) {
             return first_col + n < p.in_features ? to_acc<Acc>(*p.basis.at<T>(k, o, first_col + n)) : Acc(0);
@@ -120,36 +130,54 @@ __global__ void __launch_bounds__(kThreads) manifold_linear_grad_coeff_rows_kern
         const int64_t row = first + Fragment<Acc>::row() + i;
         for (int j = 0; j < kPerThread; ++j) {
           const int64_t col = first_col + Fragment<Acc>::col() + j;
-          if (row < num_rows && col < p.in_features)
-            dot[i] += product.at[i][j] * to_acc<Acc>(*p.input.at<T>(row / p.tokens, row % p.tokens, col));
+          if (row < num_rows && col < p.in_features) dot[i] += product.at[i][j] * to_acc<Acc>(*p.input.at<T>(row, col));
         }
       }
     }
     for (int i = 0; i < kPerThread; ++i) partial[Fragment<Acc>::row() + i][threadIdx.x % kSide] = dot[i];
     __syncthreads();
-    if (threadIdx.x < kTile && first + threadIdx.x < num_rows) {
+    const int64_t row = first + threadIdx.x;
+    const int64_t l = threadIdx.x < kTile && row < num_rows ? p.entry(row / p.tokens, k) : p.num_local;
+    if (l < p.num_local) {
       Acc sum = 0;
       for (int i = 0; i < kSide; ++i) sum += partial[threadIdx.x][i];
-      static_cast<Acc*>(p.workspace)[(first + threadIdx.x) * p.num_basis + k] = sum;
+      static_cast<Acc*>(p.workspace)[row * p.num_local + l] = sum;
     }
     __syncthreads();
   }
 }
 
-// dc[b,k] = sum_t row_sums[b,t,k], t in order; one thread an element.
-template <class Acc>
+// dc[b,l] = sum_t (row_sums[b,t,l] + sum_o g[b,t,o] beta[k,o]), t in order, then o; one thread an element.
+template <class T, class Acc>
 __global__ void __launch_bounds__(kThreads) manifold_linear_grad_coeff_tokens_kernel(ManifoldLinearParams p) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.batch * p.num_basis) return;
-  const int64_t b = i / p.num_basis, k = i % p.num_basis;
+  if (i >= p.batch * p.num_local) return;
+  const int64_t b = i / p.num_local, l = i % p.num_local, k = (p.first_basis(b) + l) % p.num_basis;
   Acc sum = 0;
-  for (int64_t t = 0; t < p.tokens; ++t) sum += static_cast<Acc*>(p.workspace)[(b * p.tokens + t) * p.num_basis + k];
-  *p.coeff.at<Acc>(b, k) = sum;
+  for (int64_t row = b * p.tokens; row < (b + 1) * p.tokens; ++row) {
+    sum += static_cast<Acc*>(p.workspace)[row * p.num_local + l];
+    for (int64_t o = 0; o < p.out_features && p.bias; ++o)
+      sum += to_acc<Acc>(*p.output.at<T>(row, o)) * to_acc<Acc>(*p.bias.at<T>(k, o));
+  }
+  *p.coeff.at<Acc>(b, l) = sum;
 }
 
-// dP[k,o,i] = sum_bt c[b,k] g[b,t,o] x[b,t,i]. Grid: x input tiles, y output tiles, z basis points (y and z strided).
+// dbeta[k,o] = sum_r c[r,k] g[r,o], r in order; one thread an element.
 template <class T, class Acc>
-__global__ void __launch_bounds__(kThreads) manifold_linear_grad_basis_kernel(ManifoldLinearParams p) {
+__global__ void __launch_bounds__(kThreads) manifold_linear_grad_bias_kernel(ManifoldLinearParams p) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.num_basis * p.out_features) return;
+  const int64_t k = i / p.out_features, o = i % p.out_features;
+  Acc sum = 0, c;
+  for (int64_t row = 0; row < p.rows(); ++row)
+    if (coefficient(p, row, k, c)) sum += c * to_acc<Acc>(*p.output.at<T>(row, o));
+  *p.bias.at<T>(k, o) = from_acc<T>(sum);
+}
+
+// dP[k,o,i] = (accumulate ? dP[k,o,i] : 0) + sum_r c[r,k] g[r,o] x[r,i].
+// Grid: x input tiles, y output tiles, z basis points (y and z strided).
+template <class T, class Acc>
+__global__ void __launch_bounds__(kThreads) manifold_linear_grad_basis_kernel(ManifoldLinearParams p, bool accumulate) {
   const int64_t first_in = int64_t(blockIdx.x) * kTile;
   for (int64_t k = blockIdx.z; k < p.num_basis; k += gridDim.z) {
     for (int64_t first_out = int64_t(blockIdx.y) * kTile; first_out < p.out_features;
@@ -157,22 +185,25 @@ __global__ void __launch_bounds__(kThreads) manifold_linear_grad_basis_kernel(Ma
       Fragment<Acc> product;
       product.clear();
       tile_product<Acc>(
-          p.batch * p.tokens,
+          p.rows(),
           [&](int o, int64_t row) {
-            if (first_out + o >= p.out_features) return Acc(0);
-            const int64_t b = row / p.tokens;
-            return *p.coeff.at<Acc>(b, k) * to_acc<Acc>(*p.output.at<T>(b, row % p.tokens, first_out + o));
+            Acc c;
+            if (first_out + o >= p.out_features || !coefficient(p, row, k, c)) return Acc(0);
+            return c * to_acc<Acc>(*p.output.at<T>(row, first_out + o));
           },
           [&](int64_t row, int n) {
-            if (first_in + n >= p.in_features) return Acc(0);
-            return to_acc<Acc>(*p.input.at<T>(row / p.tokens, row % p.tokens, first_in + n));
+            Acc c;
+            if (first_in + n >= p.in_features || !coefficient(p, row, k, c)) return Acc(0);
+            return to_acc<Acc>(*p.input.at<T>(row, first_in + n));
           },
           product);
       for (int i = 0; i < kPerThread; ++i) {
         const int64_t o = first_out + Fragment<Acc>::row() + i;
         for (int j = 0; j < kPerThread; ++j) {
           const int64_t col = first_in + Fragment<Acc>::col() + j;
-          if (o < p.out_features && col < p.in_features) *p.basis.at<T>(k, o, col) = from_acc<T>(product.at[i][j]);
+          if (o >= p.out_features || col >= p.in_features) continue;
+          T* const to = p.basis.at<T>(k, o, col);
+          *to = from_acc<T>(accumulate ? to_acc<Acc>(*to) + product.at[i][j] : product.at[i][j]);
         }
       }
     }
@@ -189,9 +220,11 @@ int launch(const ManifoldLinearParams& p, F&& f) {
   return launch_status();
 }
 
+dim3 blocks(int64_t threads) { return dim3(static_cast<unsigned>(ceil_div(threads, kThreads))); }
+
 int launch_mix(const ManifoldLinearParams& p, View rows, View weight, View out, int64_t depth, int64_t cols,
                stream_t stream) {
-  const dim3 grid(tiles(cols), bounded(ceil_div(p.batch * p.tokens, kTile)));
+  const dim3 grid(tiles(cols), bounded(tiles(p.rows())));
   return launch(p, [&](auto tag) {
     using T = typename decltype(tag)::type;
     NEUROMOD_LAUNCH((manifold_linear_mix_kernel<T, accumulator_t<T>>), grid, dim3(kThreads), 0, stream, p, rows, weight,
@@ -206,28 +239,37 @@ int launch_manifold_linear_forward(const ManifoldLinearParams& p, stream_t strea
   return launch_mix(p, p.input, transposed, p.output, p.in_features, p.out_features, stream);
 }
 
-int launch_manifold_linear_grad_input(const ManifoldLinearParams& p, stream_t stream) {
-  return launch_mix(p, p.output, p.basis, p.input, p.out_features, p.in_features, stream);
-}
-
-int launch_manifold_linear_grad_basis(const ManifoldLinearParams& p, stream_t stream) {
-  return launch(p, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const dim3 grid(tiles(p.in_features), bounded(tiles(p.out_features)), bounded(p.num_basis));
-    NEUROMOD_LAUNCH((manifold_linear_grad_basis_kernel<T, accumulator_t<T>>), grid, dim3(kThreads), 0, stream, p);
-  });
-}
-
-int launch_manifold_linear_grad_coeff(const ManifoldLinearParams& p, stream_t stream) {
+int launch_manifold_linear_backward(const ManifoldLinearBackwardParams& q, stream_t stream) {
+  const ManifoldLinearParams& p = q.p;
+  if (q.grad_input) {
+    ManifoldLinearParams plain = p;
+    plain.bias = View{};
+    if (const int status = launch_mix(plain, p.output, p.basis, q.grad_input, p.out_features, p.in_features, stream))
+      return status;
+  }
   return launch(p, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = accumulator_t<T>;
-    if (p.batch * p.tokens > 0) {
-      const dim3 grid(tiles(p.batch * p.tokens), bounded(p.num_basis));
-      NEUROMOD_LAUNCH((manifold_linear_grad_coeff_rows_kernel<T, Acc>), grid, dim3(kThreads), 0, stream, p);
+    ManifoldLinearParams result = p;
+    if (q.grad_basis) {
+      result.basis = q.grad_basis;
+      const dim3 grid(tiles(p.in_features), bounded(tiles(p.out_features)), bounded(p.num_basis));
+      NEUROMOD_LAUNCH((manifold_linear_grad_basis_kernel<T, Acc>), grid, dim3(kThreads), 0, stream, result,
+                      q.accumulate);
     }
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.batch * p.num_basis, kThreads)));
-    NEUROMOD_LAUNCH((manifold_linear_grad_coeff_tokens_kernel<Acc>), grid, dim3(kThreads), 0, stream, p);
+    if (q.grad_bias) {
+      result.bias = q.grad_bias;
+      NEUROMOD_LAUNCH((manifold_linear_grad_bias_kernel<T, Acc>), blocks(p.num_basis * p.out_features), dim3(kThreads),
+                      0, stream, result);
+    }
+    if (q.grad_coeff) {
+      result = p;
+      const dim3 grid(tiles(p.rows()), bounded(p.num_basis));
+      NEUROMOD_LAUNCH((manifold_linear_grad_coeff_rows_kernel<T, Acc>), grid, dim3(kThreads), 0, stream, p);
+      result.coeff = q.grad_coeff;
+      NEUROMOD_LAUNCH((manifold_linear_grad_coeff_tokens_kernel<T, Acc>), blocks(p.batch * p.num_local), dim3(kThreads),
+                      0, stream, result);
+    }
   });
 }
 

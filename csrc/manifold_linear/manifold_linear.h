@@ -1,7 +1,9 @@
-// manifold_linear: y[b,t,o] = sum_k c[b,k] (sum_i P[k,o,i] x[b,t,i] + beta[k,o]), and its three gradients.
+// manifold_linear: y[r,o] = sum_l c[b,l] (sum_i P[k,o,i] x[r,i] + beta[k,o]), and its gradients. Row r belongs to
+// sample b = r / tokens; its l-th coefficient is that of basis point k = (index[b] + l) mod K, or k = l without an
+// index.
 //
-// All four are contractions of one form, F(c, P, x, g) = sum c[b,k] g[b,t,o] P[k,o,i] x[b,t,i]: each reads three of the
-// operands and writes the fourth. The struct therefore names the operands once, whichever of them is written.
+// Each gradient is a contraction of the same form, F(c, P, x, g) = sum c[b,l] g[r,o] P[k,o,i] x[r,i]: it reads three of
+// the operands and writes the fourth. The struct therefore names the operands once, whichever of them is written.
 #pragma once
 
 #include "common/params.h"
@@ -13,27 +15,47 @@ struct ManifoldLinearParams {
   int64_t batch;         // B: samples, each with one condition
   int64_t tokens;        // T: rows that share their sample's condition
   int64_t num_basis;     // K
+  int64_t num_local;     // L: coefficients of a sample; K without an index
   int64_t out_features;  // O
   int64_t in_features;   // I
-  View input;            // x     [B, T, I]
-  View basis;            // P     [K, O, I]
-  View coeff;            // c     [B, K], accumulation type
-  View output;           // y, g  [B, T, O]
-  View bias;             // beta  [K, O], or null
-  void* workspace;       // grad_coeff only: [B * T, K], accumulation type
+  View input;            // x     [B T, I], unit stride in a row, rows apart
+  View basis;            // P     [K, O, I], unit stride in a row, rows apart
+  View coeff;            // c     [B, L], accumulation type
+  View index;            // first basis point [B], int64, or null; any integer, counted modulo K
+  View output;           // y, g  [B T, O], unit stride in a row, rows apart
+  View bias;             // beta  [K, O], unit stride in a row, or null
+  void* workspace;       // CUDA grad_coeff only: [B T, L], accumulation type
+
+  NEUROMOD_HOST_DEVICE int64_t rows() const { return batch * tokens; }
+  /// The basis point of a sample's first coefficient.
+  NEUROMOD_HOST_DEVICE int64_t first_basis(int64_t b) const {
+    const int64_t k = index ? *index.at<int64_t>(b) % num_basis : 0;
+    return k < 0 ? k + num_basis : k;
+  }
+  /// Which coefficient of a sample belongs to basis point k; L or more if none does.
+  NEUROMOD_HOST_DEVICE int64_t entry(int64_t b, int64_t k) const { return entry_from(first_basis(b), k); }
+  NEUROMOD_HOST_DEVICE int64_t entry_from(int64_t first, int64_t k) const {
+    return k >= first ? k - first : k - first + num_basis;
+  }
 };
 
-// Each of these writes every element of its result exactly once, in an order of summation that does not depend on the
+/// Gradients, those that are not null: p holds input, basis, coeff and the gradient of the output (as output).
+struct ManifoldLinearBackwardParams {
+  ManifoldLinearParams p;
+  View grad_input;  // [B T, I]
+  View grad_basis;  // [K, O, I]
+  View grad_coeff;  // [B, L]
+  View grad_bias;   // [K, O]
+  bool accumulate;  // add to grad_basis instead of writing it
+};
+
+// Each kernel writes every element of its results exactly once, in an order of summation that does not depend on the
 // number of threads.
-void manifold_linear_forward_cpu(const ManifoldLinearParams& p);     // writes output
-void manifold_linear_grad_input_cpu(const ManifoldLinearParams& p);  // writes input, reads output as the gradient
-void manifold_linear_grad_basis_cpu(const ManifoldLinearParams& p);  // writes basis
-void manifold_linear_grad_coeff_cpu(const ManifoldLinearParams& p);  // writes coeff
+void manifold_linear_forward_cpu(const ManifoldLinearParams& p);  // writes output
+void manifold_linear_backward_cpu(const ManifoldLinearBackwardParams& q);
 
 // The same on the given stream; each returns a cudaError_t, 0 for success.
 int launch_manifold_linear_forward(const ManifoldLinearParams& p, stream_t stream);
-int launch_manifold_linear_grad_input(const ManifoldLinearParams& p, stream_t stream);
-int launch_manifold_linear_grad_basis(const ManifoldLinearParams& p, stream_t stream);
-int launch_manifold_linear_grad_coeff(const ManifoldLinearParams& p, stream_t stream);
+int launch_manifold_linear_backward(const ManifoldLinearBackwardParams& q, stream_t stream);
 
 }  // namespace neuromod

@@ -1,173 +1,176 @@
-// manifold_linear on the CPU. Plan "expand": every basis point's product is formed tile by tile and mixed by the rows'
-// coefficients while it is in cache, so neither per-sample weights nor a [B, K, O] array ever exist.
+// manifold_linear on the CPU, forward: y^T = sum_l P_k x^T c_l. Basis points are A, read in place; a tile's columns are
+// rows of x, so that their coefficients lie side by side.
 //
-// Cost: 2 B T K O I flop each; float operands are read in place but for one transposition of x. Sums: brgemm's float32
-// (float64) over the reduction, then k in order. Work is split over output tiles only, so results do not depend on the
-// number of threads.
+// expand: 2 R L O I flop; each product tile is scaled by its columns' coefficients and summed over k in cache.
+// fold: 2 R O I + 2 B L O I flop; the sample's weight is blended for one tile of outputs, rounded to T, and multiplied.
+// Sums: over i in brgemm's order, then over k upwards. Work is split over outputs and rows only, so results do not
+// depend on the number of threads.
+#include <array>
+
 #include "common/dispatch.h"
-#include "common/operand.h"
-#include "manifold_linear/manifold_linear.h"
+#include "common/parallel.h"
+#include "manifold_linear/manifold_linear_rows.h"
+#include "manifold_linear/manifold_linear_stream.h"
 
 namespace neuromod {
 namespace {
 
-/// Calls f with the tag of the element type.
-template <class F>
-void dispatch(const ManifoldLinearParams& p, F&& f) {
-  dispatch_dtype<at::Half, at::BFloat16>(p.dtype, f);
-}
-
 template <class T>
-Matrices<T> basis_matrices(const ManifoldLinearParams& p) {
-  return Matrices<T>::stack(p.basis, p.num_basis, p.out_features, p.in_features);
-}
-template <class T>
-Matrices<T> input_matrix(const ManifoldLinearParams& p) {
-  return Matrices<T>::flattened(p.input, p.batch, p.tokens, p.in_features);
-}
-template <class T>
-Matrices<T> output_matrix(const ManifoldLinearParams& p) {
-  return Matrices<T>::flattened(p.output, p.batch, p.tokens, p.out_features);
-}
+class Forward {
+  using A = acc_t<T>;
+  using RowTile = RowOrder::RowTile;
+  static constexpr int64_t kBlock = 8;  // row tiles that see a tile of P before it leaves the cache
+  static constexpr int64_t kPackedBytes = int64_t(8) << 20;
 
-/// Runs f(row_tile, col_tile) over a grid of tiles, each once, in parallel.
-template <class T, class F>
-void for_each_tile(int64_t row_tiles, int64_t col_tiles, F f) {
-  at::parallel_for(0, row_tiles * col_tiles, 1, [&](int64_t begin, int64_t end) {
-    Scratch<acc_t<T>> product(kTile * kTile), sum(kTile * kTile);
-    for (int64_t i = begin; i < end; ++i) f(i % row_tiles, i / row_tiles, product.data(), sum.data());
-    release_tiles<T>();
-  });
-}
+ public:
+  Forward(const ManifoldLinearParams& p, Plan plan)
+      : p_(p),
+        fold_(plan == Plan::fold),
+        rows_(p, plan, row_alignment<T>()),
+        tiles_(rows_.tiles(kNarrowTile)),
+        out_tiles_(ceil_div(p.out_features, kTile)),
+        depth_(packed_depth<T>(p.in_features)),
+        panel_(depth_ * kNarrowTile) {}
 
-}  // namespace
+  void run() {
+    const int64_t most = std::max(kBlock, kPackedBytes / std::max<int64_t>(1, panel_ * int64_t(sizeof(T))));
+    for (int64_t first = 0; first < int64_t(tiles_.size()); first += most)
+      run(first, std::min(most, int64_t(tiles_.size()) - first));
+  }
 
-// y^T = sum_k P_k x^T c_k: basis points are A, read in place; a tile's columns are rows of x, so that their
-// coefficients lie side by side.
-void manifold_linear_forward_cpu(const ManifoldLinearParams& p) {
-  dispatch(p, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using Acc = acc_t<T>;
-    const int64_t rows = p.batch * p.tokens, depth = p.in_features;
-    const auto weight = Tiles<T>::left(basis_matrices<T>(p));
-    const auto input = Tiles<T>::right_from_rows(input_matrix<T>(p));
-    const int64_t row_tiles = ceil_div(rows, kTile), out_tiles = ceil_div(p.out_features, kTile);
-    for_each_tile<T>(row_tiles, out_tiles, [&](int64_t row_tile, int64_t out_tile, Acc* product, Acc* sum) {
-      const int64_t first = row_tile * kTile, count = tile_size(row_tile, rows);
-      const int64_t out_first = out_tile * kTile, outs = tile_size(out_tile, p.out_features);
-      Acc c[kTile];
-      std::fill_n(sum, outs * kTile, Acc(0));
-      for (int64_t k = 0; k < p.num_basis; ++k) {
-        tile_product<T>(outs, count, depth, weight(k, out_tile), input(0, row_tile), product, kTile, false);
-        for (int64_t r = 0; r < count; ++r) c[r] = *p.coeff.at<Acc>((first + r) / p.tokens, k);
-        for (int64_t o = 0; o < outs; ++o) {
-          const Acc bias = p.bias ? Acc(*p.bias.at<T>(k, out_first + o)) : Acc(0);
-          Acc* to = sum + o * kTile;
-          const Acc* from = product + o * kTile;
-          for (int64_t r = 0; r < count; ++r) to[r] += c[r] * (from[r] + bias);
-        }
-      }
-      for (int64_t r = 0; r < count; ++r) {
-        T* to = p.output.at<T>((first + r) / p.tokens, (first + r) % p.tokens, out_first);
-        for (int64_t o = 0; o < outs; ++o) to[o * p.output.stride[2]] = T(sum[o * kTile + r]);
-      }
-    });
-  });
-}
-
-// dx = sum_k c_k g P_k
-void manifold_linear_grad_input_cpu(const ManifoldLinearParams& p) {
-  dispatch(p, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using Acc = acc_t<T>;
-    const int64_t rows = p.batch * p.tokens, depth = p.out_features;
-    const auto grad = Tiles<T>::left(output_matrix<T>(p));
-    const auto weight = Tiles<T>::right(basis_matrices<T>(p));
-    const int64_t row_tiles = ceil_div(rows, kTile), in_tiles = ceil_div(p.in_features, kTile);
-    for_each_tile<T>(row_tiles, in_tiles, [&](int64_t row_tile, int64_t in_tile, Acc* product, Acc* sum) {
-      const int64_t first = row_tile * kTile, count = tile_size(row_tile, rows),
-                    ins = tile_size(in_tile, p.in_features);
-      std::fill_n(sum, count * kTile, Acc(0));
-      for (int64_t k = 0; k < p.num_basis; ++k) {
-        tile_product<T>(count, ins, depth, grad(0, row_tile), weight(k, in_tile), product, kTile, false);
-        for (int64_t r = 0; r < count; ++r) {
-          const Acc c = *p.coeff.at<Acc>((first + r) / p.tokens, k);
-          for (int64_t n = 0; n < ins; ++n) sum[r * kTile + n] += c * product[r * kTile + n];
-        }
-      }
-      for (int64_t r = 0; r < count; ++r) {
-        T* to = p.input.at<T>((first + r) / p.tokens, (first + r) % p.tokens, in_tile * kTile);
-        for (int64_t n = 0; n < ins; ++n) to[n * p.input.stride[2]] = T(sum[r * kTile + n]);
-      }
-    });
-  });
-}
-
-// dc[b,k] = sum_t <g[b,t] P_k, x[b,t]>: each row's dot product first, then its sample's sum, both in fixed order.
-void manifold_linear_grad_coeff_cpu(const ManifoldLinearParams& p) {
-  dispatch(p, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using Acc = acc_t<T>;
-    const int64_t rows = p.batch * p.tokens, depth = p.out_features, K = p.num_basis;
-    const auto grad = Tiles<T>::left(output_matrix<T>(p));
-    const auto weight = Tiles<T>::right(basis_matrices<T>(p));
-    Acc* const row_sums = static_cast<Acc*>(p.workspace);
-    for_each_tile<T>(ceil_div(rows, kTile), 1, [&](int64_t row_tile, int64_t, Acc* product, Acc*) {
-      const int64_t first = row_tile * kTile, count = tile_size(row_tile, rows);
-      std::fill_n(row_sums + first * K, count * K, Acc(0));
-      for (int64_t in_tile = 0; in_tile < ceil_div(p.in_features, kTile); ++in_tile) {
-        const int64_t ins = tile_size(in_tile, p.in_features);
-        for (int64_t k = 0; k < K; ++k) {
-          tile_product<T>(count, ins, depth, grad(0, row_tile), weight(k, in_tile), product, kTile, false);
-          for (int64_t r = 0; r < count; ++r) {
-            const T* x = p.input.at<T>((first + r) / p.tokens, (first + r) % p.tokens, in_tile * kTile);
-            Acc dot = 0;
-            for (int64_t n = 0; n < ins; ++n) dot += product[r * kTile + n] * Acc(x[n * p.input.stride[2]]);
-            row_sums[(first + r) * K + k] += dot;
-          }
-        }
-      }
-    });
-    for (int64_t b = 0; b < p.batch; ++b) {
-      for (int64_t k = 0; k < K; ++k) {
-        Acc sum = 0;
-        for (int64_t t = 0; t < p.tokens; ++t) sum += row_sums[(b * p.tokens + t) * K + k];
-        *p.coeff.at<Acc>(b, k) = sum;
-      }
-    }
-  });
-}
-
-// dP[k,o,i] = sum_bt (c[b,k] g[b,t,o]) x[b,t,i]: c is applied while g is packed, its product rounded once to T.
-void manifold_linear_grad_basis_cpu(const ManifoldLinearParams& p) {
-  dispatch(p, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using Acc = acc_t<T>;
-    const int64_t rows = p.batch * p.tokens, in = p.in_features, stride = packed_depth<T>(rows);
-    const auto input = Tiles<T>::right(input_matrix<T>(p));
-    const int64_t out_tiles = ceil_div(p.out_features, kTile), in_tiles = ceil_div(in, kTile);
-    at::parallel_for(0, p.num_basis * out_tiles, 1, [&](int64_t begin, int64_t end) {
-      Scratch<T> weighted(kTile * stride);
-      Scratch<Acc> sum(kTile * kTile);
+ private:
+  /// The outputs of `count` row tiles, whose rows of x fit into scratch memory.
+  void run(int64_t first, int64_t count) {
+    const Scratch<T> packed(count * panel_);
+    parallel(count, double(panel_) * 1e-9, [&](int64_t i) { pack(tiles_[first + i], packed.data() + i * panel_); });
+    const int64_t block = fold_ ? std::max(kBlock, ceil_div(count, ceil_div(8, out_tiles_))) : kBlock;
+    const int64_t blocks = ceil_div(count, block);
+    const double seconds = 2e-11 * double(kTile * p_.in_features) * double(std::min(count, block) * kNarrowTile);
+    parallel_ranges(out_tiles_ * blocks, seconds, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t k = i / out_tiles, first = i % out_tiles * kTile, outs = tile_size(i % out_tiles, p.out_features);
-        for (int64_t r = 0; r < rows; ++r) {
-          const Acc c = *p.coeff.at<Acc>(r / p.tokens, k);
-          const T* g = p.output.at<T>(r / p.tokens, r % p.tokens, first);
-          for (int64_t o = 0; o < outs; ++o) weighted.data()[o * stride + r] = T(c * Acc(g[o * p.output.stride[2]]));
-        }
-        for (int64_t o = 0; o < outs && stride != rows; ++o) weighted.data()[o * stride + rows] = T(0);
-        for (int64_t tile = 0; tile < in_tiles; ++tile) {
-          const int64_t ins = tile_size(tile, in);
-          tile_product<T>(outs, ins, rows, {weighted.data(), stride}, input(0, tile), sum.data(), kTile, false);
-          for (int64_t o = 0; o < outs; ++o) {
-            T* to = p.basis.at<T>(k, first + o, tile * kTile);
-            for (int64_t n = 0; n < ins; ++n) to[n * p.basis.stride[2]] = T(sum.data()[o * kTile + n]);
-          }
-        }
+        const int64_t from = i % blocks * block, n = std::min(block, count - from);
+        const T* panels = packed.data() + from * panel_;
+        (fold_ ? folded(i / blocks, first + from, n, panels) : expanded(i / blocks, first + from, n, panels));
       }
       release_tiles<T>();
     });
+  }
+
+  /// Rows of x as columns, empty ones as zeros.
+  void pack(const RowTile& tile, T* panel) const {
+    std::array<const T*, kNarrowTile> x;
+    const int64_t width = rows_.padded(tile.count);
+    rows_.pointers(p_.input, tile.first, width, 0, x.data());
+    if (interleaved<T>()) {
+      vectors<T>().transpose_pairs(width, p_.in_features, x.data(), panel, kNarrowTile);
+    } else {
+      vectors<T>().transpose(width, p_.in_features, x.data(), panel, kNarrowTile);
+    }
+  }
+
+  /// Rows of P as brgemm can read them: in place unless their depth must be made even.
+  Tile<T> weight(int64_t k, int64_t first, int64_t outs, T* copy) const {
+    const T* rows = p_.basis.at<T>(k, first);
+    if (depth_ == p_.in_features) return {rows, p_.basis.stride[1]};
+    for (int64_t o = 0; o < outs; ++o) {
+      std::copy_n(rows + o * p_.basis.stride[1], p_.in_features, copy + o * depth_);
+      copy[o * depth_ + p_.in_features] = T{};
+    }
+    return {copy, depth_};
+  }
+
+  void expanded(int64_t out_tile, int64_t first, int64_t count, const T* panels) const {
+    const int64_t out_first = out_tile * kTile, outs = tile_size(out_tile, p_.out_features);
+    const Scratch<A> product(kTile * kNarrowTile), sums(count * kTile * kNarrowTile);
+    const Scratch<T> copy(depth_ == p_.in_features ? 0 : kTile * depth_);
+    std::array<bool, kBlock> started = {};
+    A c[kNarrowTile], bias[kTile];
+    for (int64_t k = 0; k < p_.num_basis; ++k) {
+      Tile<T> basis = {nullptr, 0};
+      for (int64_t i = 0; i < count; ++i) {
+        const RowTile& tile = tiles_[first + i];
+        const int64_t l = rows_.entry(tile.segment, k), width = rows_.padded(tile.count);
+        if (l >= p_.num_local) continue;
+        if (!basis.data) {
+          basis = weight(k, out_first, outs, copy.data());
+          if (p_.bias) vectors<T>().widen(outs, p_.bias.at<T>(k, out_first), bias);
+        }
+        rows_.coefficients(tile.first, width, l, c);
+        if (k + 1 == p_.num_basis) prefetch_outputs(tile, out_first, outs);
+        const Tile<T> x = {panels + i * panel_, kNarrowTile};
+        tile_product<T>(outs, width, p_.in_features, basis, x, product.data(), kNarrowTile, false);
+        vectors<T>().mix_columns(outs, width, kNarrowTile, product.data(), c, p_.bias ? bias : nullptr,
+                                 sums.data() + i * kTile * kNarrowTile, started[i]);
+        started[i] = true;
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) store(tiles_[first + i], out_first, outs, &sums[i * kTile * kNarrowTile]);
+  }
+
+  void folded(int64_t out_tile, int64_t first, int64_t count, const T* panels) const {
+    const int64_t out_first = out_tile * kTile, outs = tile_size(out_tile, p_.out_features), L = p_.num_local;
+    const Scratch<A> sum(kTile * kNarrowTile), c(L);
+    const Scratch<T> blend(kTile * depth_);
+    const Scratch<const T*> basis(L);
+    A bias[kTile], ones[kNarrowTile];
+    std::fill_n(ones, kNarrowTile, A(1));
+    for (int64_t i = 0; i < count; ++i) {
+      const RowTile& tile = tiles_[first + i];
+      const RowOrder::Segment& segment = rows_.segments()[tile.segment];
+      if (i == 0 || tile.segment != tiles_[first + i - 1].segment) {
+        for (int64_t l = 0; l < L; ++l) c[l] = *p_.coeff.at<A>(segment.sample, l);
+        for (int64_t o = 0; o < outs; ++o) {
+          for (int64_t l = 0; l < L; ++l) basis[l] = p_.basis.at<T>(basis_point(segment, l), out_first + o);
+          vectors<T>().mix(p_.in_features, L, c.data(), basis.data(), blend.data() + o * depth_);
+          if (depth_ != p_.in_features) blend[o * depth_ + p_.in_features] = T{};
+        }
+        std::fill_n(bias, kTile, A(0));
+        for (int64_t l = 0; l < L && p_.bias; ++l)
+          vectors<T>().add_scaled(outs, c[l], p_.bias.at<T>(basis_point(segment, l), out_first), bias);
+      }
+      const int64_t width = rows_.padded(tile.count);
+      prefetch_outputs(tile, out_first, outs);
+      tile_product<T>(outs, width, p_.in_features, {blend.data(), depth_}, {panels + i * panel_, kNarrowTile},
+                      sum.data(), kNarrowTile, false);
+      if (p_.bias) vectors<T>().mix_columns(outs, width, kNarrowTile, sum.data(), ones, bias, sum.data(), false);
+      store(tile, out_first, outs, sum.data());
+    }
+  }
+
+  int64_t basis_point(const RowOrder::Segment& segment, int64_t l) const {
+    return (segment.first_basis + l) % p_.num_basis;
+  }
+
+  void prefetch_outputs(const RowTile& tile, int64_t out_first, int64_t outs) const {
+    std::array<T*, kNarrowTile> y;
+    rows_.pointers(p_.output, tile.first, tile.count, out_first, y.data());
+    prefetch(y.data(), tile.count, outs);
+  }
+
+  void store(const RowTile& tile, int64_t out_first, int64_t outs, const A* sum) const {
+    std::array<T*, kNarrowTile> y;
+    rows_.pointers(p_.output, tile.first, tile.count, out_first, y.data());
+    vectors<T>().narrow_transposed(outs, tile.count, kNarrowTile, sum, y.data());
+  }
+
+  const ManifoldLinearParams& p_;
+  const bool fold_;
+  const RowOrder rows_;
+  const std::vector<RowTile> tiles_;
+  const int64_t out_tiles_, depth_, panel_;
+};
+
+}  // namespace
+
+void manifold_linear_forward_cpu(const ManifoldLinearParams& p) {
+  dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Plan plan = choose_plan(p, Pass::forward);
+    if (plan == Plan::stream) {
+      manifold_linear_stream_forward<T>(p);
+    } else {
+      Forward<T>(p, plan).run();
+    }
   });
 }
 

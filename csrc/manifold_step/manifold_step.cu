@@ -14,6 +14,7 @@ template <class T, class Acc>
 __global__ void __launch_bounds__(kThreads) manifold_step_kernel(ManifoldStepParams p) {
   const int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (n >= p.length) return;
+  const ManifoldStepRule<Acc> rule(p);
   for (int64_t j = 0; j < p.num_basis; ++j) {
     Acc d = 0;
     if (p.metric_inverse) {
@@ -21,7 +22,12 @@ __global__ void __launch_bounds__(kThreads) manifold_step_kernel(ManifoldStepPar
     } else {
       d = to_acc<Acc>(*p.grad.at<T>(j, n));
     }
-    manifold_step_element<T>(p, j, n, d);
+    T* const param = p.param.at<T>(j, n);
+    T* const buffer = p.buffer ? p.buffer.at<T>(j, n) : nullptr;
+    Acc value = to_acc<Acc>(*param), m = buffer ? to_acc<Acc>(*buffer) : Acc(0);
+    rule.apply(d, value, buffer ? &m : nullptr);
+    *param = from_acc<T>(value);
+    if (buffer) *buffer = from_acc<T>(m);
   }
 }
 

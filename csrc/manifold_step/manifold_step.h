@@ -22,19 +22,30 @@ struct ManifoldStepParams {
 void manifold_step_cpu(const ManifoldStepParams& p);
 int launch_manifold_step(const ManifoldStepParams& p, stream_t stream);
 
-/// The update of one element from its preconditioned gradient `d`; shared by every backend.
-template <class T, class Acc>
-NEUROMOD_HOST_DEVICE void manifold_step_element(const ManifoldStepParams& p, int64_t k, int64_t n, Acc d) {
-  T* const param = p.param.at<T>(k, n);
-  if (p.maximize) d = -d;
-  d += Acc(p.weight_decay) * Acc(*param);
-  if (p.buffer) {
-    T* const buffer = p.buffer.at<T>(k, n);
-    const Acc m = p.first_step ? d : Acc(p.momentum) * Acc(*buffer) + Acc(1 - p.dampening) * d;
-    *buffer = T(m);
-    d = p.nesterov ? d + Acc(p.momentum) * m : m;
+/// The update of one element, shared by every backend.
+template <class Acc>
+struct ManifoldStepRule {
+  Acc lr, momentum, undamped, weight_decay;
+  bool nesterov, maximize, first_step;
+
+  NEUROMOD_HOST_DEVICE explicit ManifoldStepRule(const ManifoldStepParams& p)
+      : lr(Acc(p.lr)),
+        momentum(Acc(p.momentum)),
+        undamped(Acc(1 - p.dampening)),
+        weight_decay(Acc(p.weight_decay)),
+        nesterov(p.nesterov),
+        maximize(p.maximize),
+        first_step(p.first_step) {}
+
+  /// `d` is the preconditioned gradient; `m` the element of the buffer, or null.
+  NEUROMOD_HOST_DEVICE void apply(Acc d, Acc& param, Acc* m) const {
+    d = (maximize ? -d : d) + weight_decay * param;
+    if (m) {
+      *m = first_step ? d : momentum * *m + undamped * d;
+      d = nesterov ? d + momentum * *m : *m;
+    }
+    param -= lr * d;
   }
-  *param = T(Acc(*param) - Acc(p.lr) * d);
-}
+};
 
 }  // namespace neuromod

@@ -13,11 +13,6 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-/// Tells autograd that a saved tensor is no longer what it was.
-void mark_written(const Tensor& t) {
-  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
-}
-
 void check_number(const char* op, const char* name, double value) {
   TORCH_CHECK_VALUE(std::isfinite(value), op, ": expected ", name, " to be finite, got ", value);
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from neuromod_ext import functional
+from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext.nn._layer import Condition, ManifoldLayer
 from neuromod_ext.topology import Topology
 
@@ -79,8 +80,19 @@ class ManifoldLinear(ManifoldLayer):
             ValueError: No condition, a shape that does not fit, a condition out of its domain.
             TypeError: A dtype that does not fit.
         """
+        if coeff is None and isinstance(s, Tensor) and self._acts_locally(input, s):
+            index, local = self.topology.local(s)
+            local = local.to(accumulation_dtype(self.weight.dtype))
+            return functional.manifold_linear_local(input, self.weight, index, local, self.bias)
         coeff = self.coefficients(s, coeff)
         return functional.manifold_linear(input, self.weight, coeff, self.bias)
+
+    def _acts_locally(self, input: Tensor, s: Tensor) -> bool:
+        """Whether each sample has a condition of its own, at which few basis points act."""
+        if self.topology.num_local == self.topology.num_basis:
+            return False
+        batch = s.shape[: s.dim() - len(self.topology.condition_shape)]
+        return len(batch) == 1 and batch[0] != 1 and input.dim() > 1 and input.shape[0] == batch[0]
 
     def _plain(self) -> nn.Linear:
         has_bias = self.bias is not None

@@ -49,6 +49,16 @@ class Topology(ABC):
     def _coefficients(self, s: Tensor) -> Tensor:
         """Return c(s), [*batch, K], by differentiable operations that read no value."""
 
+    @property
+    def num_local(self) -> int:
+        """L <= K, how many basis points act at one condition."""
+        return self.num_basis
+
+    def _local(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first basis point that acts at s, [*batch], and the values, [*batch, L]."""
+        c = self._coefficients(s)
+        return torch.zeros_like(c[..., 0], dtype=torch.int64), c
+
     @abstractmethod
     def _rule(self, points: int) -> Rule:
         """Return a rule exact for c c^T, of about ``points`` or more nodes along each dimension."""
@@ -77,6 +87,39 @@ class Topology(ABC):
             TypeError: s is bool or complex, or floating where the topology expects integers.
             ValueError: Wrong trailing shape, or a condition out of the domain (see the module).
         """
+        s, factor = self._checked(s)
+        c = self._coefficients(s)
+        return c if factor is None else c * factor.to(c.dtype)
+
+    def local(self, s: Tensor | float | Sequence[Any]) -> tuple[Tensor, Tensor]:
+        r"""Map conditions to those coefficients that may be other than zero.
+
+        .. math:: c_k(s) = \sum_l c^\mathrm{local}_l(s)\, [k = (i(s) + l) \bmod K]
+
+        They are consecutive round the basis points, ``num_local`` of them; on a topology without
+        local support, all. Differentiable as :meth:`__call__` is.
+
+        Args:
+            s: As there.
+
+        Returns:
+            The basis point of the first one, i, [*batch], int64, and the coefficients, [*batch, L].
+
+        Raises:
+            TypeError: As there.
+            ValueError: As there.
+        """
+        s, factor = self._checked(s)
+        index, c = self._local(s)
+        if factor is None:
+            return index, c
+        return torch.where(factor.isnan().squeeze(-1), 0, index), c * factor.to(c.dtype)
+
+    def _checked(self, s: Tensor | float | Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+        """Conditions as they enter the formulas; what to multiply coefficients by, if not 1.
+
+        That is NaN for conditions out of the domain whose values may not be read.
+        """
         name, shape = type(self).__name__, self.condition_shape
         if not isinstance(s, Tensor):
             s = torch.as_tensor(s)
@@ -90,14 +133,13 @@ class Topology(ABC):
             s = s.long() if self._integer else s.float()
         valid = self._valid(s, eps)
         if not _readable(s):
-            c = self._coefficients(s)
-            return c * torch.where(valid, 1.0, math.nan).to(c.dtype).unsqueeze(-1)
+            return s, torch.where(valid, 1.0, math.nan).unsqueeze(-1)
         if not valid.all():
             index = tuple((~valid).nonzero()[0].tolist())
             where = f" at index {index[0] if len(index) == 1 else index}" if index else ""
             got = f"{s.detach()[index].tolist()}{where}{self._remedy}"
             raise ValueError(f"{name}: expected s {self._domain}, got {got}")
-        return self._coefficients(s)
+        return s, None
 
     @torch.no_grad()
     def gram(self) -> Tensor:

@@ -105,8 +105,16 @@ class _BSpline(_Box):
     def _segments(self) -> int:
         return self.num_basis if self.closed else self.num_basis - self.degree
 
-    def _local(self, s: Tensor) -> Rule:
-        """Return which basis functions act at s, and their values: [*batch, degree + 1] each."""
+    @property
+    def num_local(self) -> int:
+        return self.degree + 1
+
+    def _local(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        first, c = self._acting(s)
+        return first.remainder(self.num_basis).long(), c
+
+    def _acting(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first function that acts at s, a whole number, and the values of all."""
         t = (s - s.floor() if self.closed else s).unsqueeze(-1) * self._segments
         segment = t.floor() if self.closed else t.floor().clamp(0, self._segments - 1)
         step = torch.arange(self.degree + 1, dtype=s.dtype, device=s.device)
@@ -119,11 +127,12 @@ class _BSpline(_Box):
             c = c / (high - low)
             c = F.pad((high - t) * c, (0, 1)) + F.pad((t - low) * c, (1, 0))
         # A closed curve is centred: basis point k acts most at s = k / n.
-        index = segment + step - ((self.degree - 1) // 2 if self.closed else 0)
-        return index.remainder(self.num_basis), c
+        return segment.squeeze(-1) - ((self.degree - 1) // 2 if self.closed else 0), c
 
     def _coefficients(self, s: Tensor) -> Tensor:
-        index, c = self._local(s)
+        first, c = self._acting(s)
+        step = torch.arange(self.num_local, dtype=s.dtype, device=s.device)
+        index = (first.unsqueeze(-1) + step).remainder(self.num_basis)
         basis = torch.arange(self.num_basis, dtype=s.dtype, device=s.device)
         return (c.unsqueeze(-1) * (index.unsqueeze(-1) == basis)).sum(-2)
 
@@ -184,6 +193,9 @@ class Bezier(_BSpline):
     def __init__(self, degree: int) -> None:
         degree = self._count("degree", degree, 1)
         self._set(degree=degree, num_basis=degree + 1)
+
+    def _local(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        return Topology._local(self, s)
 
     def _coefficients(self, s: Tensor) -> Tensor:
         s = s.unsqueeze(-1)

@@ -1,0 +1,476 @@
+// The row operations. This file is compiled once for each instruction set, which NEUROMOD_ISA names: it includes
+// nothing whose functions another file could share, and all of it but the tables has internal linkage.
+//
+// Plain loops where the compiler vectorises them well, vectors of the compiler's where it does not.
+#include "common/vector.h"
+
+#define NEUROMOD_CONCAT_(a, b) a##b
+#define NEUROMOD_CONCAT(a, b) NEUROMOD_CONCAT_(a, b)
+#define NEUROMOD_VECTOR_SET NEUROMOD_CONCAT(vector_set_, NEUROMOD_ISA)
+
+namespace neuromod {
+namespace {
+
+template <class To, class From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+inline double wide(double x) { return x; }
+inline float wide(float x) { return x; }
+inline float wide(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
+/// The exponent is rebiased by a multiplication, exact for subnormal numbers too; infinity and NaN keep theirs.
+inline float wide(Float16 x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13, sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t scaled = bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f);
+  return bits_as<float>(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled));
+}
+
+/// From the type of a sum to an element.
+template <class T>
+inline T rounded(acc_t<T> x) {
+  return x;
+}
+/// To nearest even: half a unit is added to the bits, less one bit if that keeps an even result even.
+template <>
+inline BFloat16 rounded<BFloat16>(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return {uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : nearest >> 16)};
+}
+/// To nearest even: normal results as for bfloat16, on the rebiased bits; subnormal ones by adding a number whose unit
+/// is float16's smallest, so that the processor rounds.
+template <>
+inline Float16 rounded<Float16>(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x47800000u ? 0x7c00u : result;
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  return {uint16_t(result | (bits >> 16 & 0x8000u))};
+}
+
+/// 64 bytes of sums; narrower registers hold them in parts.
+template <class A>
+struct LanesOf {
+  typedef A type __attribute__((vector_size(64)));
+};
+template <class A>
+using Lanes = typename LanesOf<A>::type;
+template <class A>
+constexpr int64_t kLanes = 64 / sizeof(A);
+
+template <class V, class T>
+inline V load_as(const T* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <class T>
+inline Lanes<acc_t<T>> load(const T* from) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    typedef uint16_t Narrow __attribute__((vector_size(32)));
+    return bits_as<Lanes<float>>(__builtin_convertvector(load_as<Narrow>(from), Lanes<uint32_t>) << 16);
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    typedef uint16_t Narrow __attribute__((vector_size(32)));
+    const Lanes<uint32_t> bits = __builtin_convertvector(load_as<Narrow>(from), Lanes<uint32_t>);
+    const Lanes<uint32_t> magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
+    const auto scaled = bits_as<Lanes<uint32_t>>(bits_as<Lanes<float>>(magnitude) * 0x1p112f);
+    const auto not_finite = bits_as<Lanes<uint32_t>>(magnitude >= 0x0f800000u) & 0x7f800000u;
+    return bits_as<Lanes<float>>(sign | scaled | not_finite);
+  } else {
+    return load_as<Lanes<T>>(from);
+  }
+}
+
+/// Halves are added, then quarters: a fixed order, whatever the registers.
+inline float sum_of(Lanes<float> v) {
+  const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto quarter =
+      __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+inline double sum_of(Lanes<double> v) {
+  const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  return (half[0] + half[2]) + (half[1] + half[3]);
+}
+
+// 8 x 8 words, or 4 x 4 of eight bytes, are transposed in registers, by exchanging ever larger parts of neighbours.
+template <class Word>
+struct Block;
+template <>
+struct Block<uint32_t> {
+  static constexpr int side = 8;
+  typedef uint32_t Row __attribute__((vector_size(32)));
+  static inline void transpose(Row (&r)[8]) {
+    Row t[8];
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+      t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        r[i + j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        r[i + j + 2] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+      }
+    for (int j = 0; j < 4; ++j) {
+      t[j] = __builtin_shufflevector(r[j], r[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+      t[j + 4] = __builtin_shufflevector(r[j], r[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    for (int i = 0; i < 8; ++i) r[i] = t[i];
+  }
+};
+template <>
+struct Block<uint64_t> {
+  static constexpr int side = 4;
+  typedef uint64_t Row __attribute__((vector_size(32)));
+  static inline void transpose(Row (&r)[4]) {
+    Row t[4];
+    for (int i = 0; i < 4; i += 2) {
+      t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 4, 2, 6);
+      t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 1, 5, 3, 7);
+    }
+    for (int j = 0; j < 2; ++j) {
+      r[j] = __builtin_shufflevector(t[j], t[j + 2], 0, 1, 4, 5);
+      r[j + 2] = __builtin_shufflevector(t[j], t[j + 2], 2, 3, 6, 7);
+    }
+  }
+};
+
+/// to(d)[r] = from[r][d] for d in [first, last); a null row is zeros. Rows need no alignment.
+template <class Word, class From, class To>
+inline void transpose_slice(int64_t rows, int64_t first, int64_t last, From from, To to) {
+  constexpr int side = Block<Word>::side;
+  using Row = typename Block<Word>::Row;
+  int64_t r = 0;
+  for (; r + side <= rows; r += side) {
+    const char* source[side];
+    bool all = true;
+    for (int i = 0; i < side; ++i) {
+      source[i] = reinterpret_cast<const char*>(from(r + i));
+      all = all && source[i];
+    }
+    if (!all) break;
+    int64_t d = first;
+    for (; d + side <= last; d += side) {
+      Row block[side];
+      for (int i = 0; i < side; ++i) block[i] = load_as<Row>(source[i] + d * int64_t(sizeof(Word)));
+      Block<Word>::transpose(block);
+      for (int i = 0; i < side; ++i) __builtin_memcpy(to(d + i) + r, &block[i], sizeof(Row));
+    }
+    for (; d < last; ++d)
+      for (int i = 0; i < side; ++i) to(d)[r + i] = load_as<Word>(source[i] + d * int64_t(sizeof(Word)));
+  }
+  for (; r < rows; ++r) {
+    const char* const source = reinterpret_cast<const char*>(from(r));
+    for (int64_t d = first; d < last; ++d)
+      to(d)[r] = source ? load_as<Word>(source + d * int64_t(sizeof(Word))) : Word(0);
+  }
+}
+
+/// The same for all d in slices: narrow ones if the rows of `to` lie far apart, wide ones if those of `from` do.
+template <class Word, int64_t slice, class From, class To>
+inline void transpose_words(int64_t rows, int64_t depth, From from, To to) {
+  for (int64_t d = 0; d < depth; d += slice)
+    transpose_slice<Word>(rows, d, d + slice < depth ? d + slice : depth, from, to);
+}
+
+template <class A>
+using word_t = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+
+template <class T>
+class Ops final : public VectorOps<T> {
+ public:
+  using A = acc_t<T>;
+
+  void widen(int64_t n, const T* from, A* to) const override {
+    for (int64_t i = 0; i < n; ++i) to[i] = wide(from[i]);
+  }
+
+  void narrow(int64_t n, const A* from, T* to) const override {
+    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T>(from[i]);
+  }
+
+  void mix(int64_t n, int64_t terms, const A* c, const T* const* rows, T* to) const override {
+    mix_to(n, terms, c, rows, to);
+  }
+  void mix_wide(int64_t n, int64_t terms, const A* c, const T* const* rows, A* to) const override {
+    mix_to(n, terms, c, rows, to);
+  }
+
+  void add(int64_t n, const A* from, T* to) const override {
+    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T>(wide(to[i]) + from[i]);
+  }
+
+  void add_scaled(int64_t n, A c, const T* from, A* to) const override {
+    for (int64_t i = 0; i < n; ++i) to[i] += c * wide(from[i]);
+  }
+
+  A dot(int64_t n, const T* a, const T* b) const override { return wide_dot(n, a, b); }
+
+  void dots(int64_t n, int64_t count, const T* const* rows, const T* x, A* out) const override {
+    if (count == 8) {
+      dots_of<8>(n, rows, x, out);
+    } else {
+      for (int64_t j = 0; j < count; ++j) dots_of<1>(n, rows + j, x, out + j);
+    }
+  }
+
+  void add_product(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, A* c,
+                   int64_t ldc) const override {
+    constexpr int64_t height = 4, width = 2 * kLanes<A>;
+    for (int64_t n = 0; n < cols; n += width) {
+      for (int64_t r = 0; r < rows; r += height) {
+        if (n + width <= cols && r + height <= rows) {
+          product_block<height>(depth, a + r * lda, lda, b + n, ldb, c + r * ldc + n, ldc);
+          continue;
+        }
+        for (int64_t i = r; i < rows && i < r + height; ++i)
+          for (int64_t j = n; j < cols && j < n + width; ++j) {
+            A sum = c[i * ldc + j];
+            for (int64_t d = 0; d < depth; ++d) sum += wide(a[i * lda + d]) * wide(b[d * ldb + j]);
+            c[i * ldc + j] = sum;
+          }
+      }
+    }
+  }
+
+  void transpose(int64_t rows, int64_t depth, const T* const* from, T* to, int64_t stride) const override {
+    if constexpr (is_half_type<T>) {
+      for (int64_t d = 0; d < depth; ++d)
+        for (int64_t r = 0; r < rows; ++r) to[d * stride + r] = from[r] ? from[r][d] : T{};
+    } else {
+      transpose_wide(rows, depth, from, to, stride);
+    }
+  }
+
+  void transpose_wide(int64_t rows, int64_t depth, const T* const* from, A* to, int64_t stride) const override {
+    using Word = word_t<A>;
+    const auto target = [=](int64_t d) { return reinterpret_cast<Word*>(to + d * stride); };
+    if constexpr (std::is_same_v<T, A>) {
+      transpose_words<Word, 128>(rows, depth, [=](int64_t r) { return from[r]; }, target);
+    } else {
+      constexpr int64_t chunk = 64;
+      A buffer[Block<Word>::side][chunk];
+      for (int64_t r = 0; r < rows; r += Block<Word>::side) {
+        const int64_t count = rows - r < Block<Word>::side ? rows - r : Block<Word>::side;
+        for (int64_t d = 0; d < depth; d += chunk) {
+          const int64_t length = depth - d < chunk ? depth - d : chunk;
+          for (int64_t i = 0; i < count; ++i)
+            if (from[r + i]) widen(length, from[r + i] + d, buffer[i]);
+          transpose_words<Word, 128>(
+              count, length, [&](int64_t i) { return from[r + i] ? buffer[i] : nullptr; },
+              [=](int64_t i) { return target(d + i) + r; });
+        }
+      }
+    }
+  }
+
+  void transpose_pairs(int64_t rows, int64_t depth, const T* const* from, T* to, int64_t stride) const override {
+    if constexpr (is_half_type<T>) {
+      transpose_words<uint32_t, 128>(
+          rows, depth / 2, [=](int64_t r) { return from[r]; },
+          [=](int64_t d) { return reinterpret_cast<uint32_t*>(to + d * 2 * stride); });
+      if (depth % 2 == 0) return;
+      T* const last = to + (depth - 1) * stride;
+      for (int64_t r = 0; r < rows; ++r) {
+        last[2 * r] = from[r] ? from[r][depth - 1] : T{};
+        last[2 * r + 1] = T{};
+      }
+    }
+  }
+
+  void interleave(int64_t n, const T* even, const T* odd, T* to) const override {
+    if constexpr (is_half_type<T>) {
+      static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+      const auto pairs = [=](auto low, auto high) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < n; ++i) {
+          const uint32_t pair = low(i) | high(i) << 16;
+          __builtin_memcpy(to + 2 * i, &pair, sizeof(pair));
+        }
+      };
+      const auto zero = [](int64_t) { return uint32_t(0); };
+      const auto first = [=](int64_t i) { return uint32_t(even[i].bits); };
+      const auto second = [=](int64_t i) { return uint32_t(odd[i].bits); };
+      if (even && odd) {
+        pairs(first, second);
+      } else if (even) {
+        pairs(first, zero);
+      } else if (odd) {
+        pairs(zero, second);
+      } else {
+        pairs(zero, zero);
+      }
+    }
+  }
+
+  void scale(int64_t n, const A* c, const A* from, T* to) const override {
+    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T>(c[i] * from[i]);
+  }
+
+  void mix_columns(int64_t rows, int64_t cols, int64_t stride, const A* product, const A* c, const A* bias, A* sum,
+                   bool add) const override {
+    for (int64_t n = 0; n < cols; n += kLanes<A>) {
+      const Lanes<A> scale = load(c + n);
+      for (int64_t r = 0; r < rows; ++r) {
+        Lanes<A> value = load(product + r * stride + n);
+        if (bias) value += bias[r];
+        value *= scale;
+        if (add) value += load(sum + r * stride + n);
+        __builtin_memcpy(sum + r * stride + n, &value, sizeof(value));
+      }
+    }
+  }
+
+  void mix_rows(int64_t rows, int64_t cols, int64_t stride, const A* product, const A* c, A* sum,
+                bool add) const override {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t n = 0; n < cols; n += kLanes<A>) {
+        Lanes<A> value = load(product + r * stride + n) * c[r];
+        if (add) value += load(sum + r * stride + n);
+        __builtin_memcpy(sum + r * stride + n, &value, sizeof(value));
+      }
+    }
+  }
+
+  void dot_rows(int64_t rows, int64_t cols, int64_t stride, const A* product, const T* const* x,
+                A* out) const override {
+    for (int64_t r = 0; r < rows; ++r) out[r] = x[r] ? wide_dot(cols, product + r * stride, x[r]) : A(0);
+  }
+
+  A dot_tile(int64_t rows, int64_t cols, int64_t stride, const A* product, const T* x,
+             int64_t x_stride) const override {
+    A sum = 0;
+    for (int64_t r = 0; r < rows; ++r) sum += wide_dot(cols, product + r * stride, x + r * x_stride);
+    return sum;
+  }
+
+  void narrow_transposed(int64_t rows, int64_t cols, int64_t stride, const A* sum, T* const* to) const override {
+    using Word = word_t<A>;
+    const auto from = [=](int64_t r) { return sum + r * stride; };
+    if constexpr (std::is_same_v<T, A>) {
+      transpose_words<Word, Block<Word>::side>(rows, cols, from,
+                                               [=](int64_t n) { return reinterpret_cast<Word*>(to[n]); });
+    } else {
+      constexpr int64_t side = 64;
+      A buffer[side][side];
+      for (int64_t n = 0; n < cols; n += side) {
+        const int64_t count = cols - n < side ? cols - n : side;
+        for (int64_t r = 0; r < rows; r += side) {
+          const int64_t length = rows - r < side ? rows - r : side;
+          transpose_words<Word, 128>(
+              length, count, [=](int64_t i) { return from(r + i) + n; },
+              [&](int64_t i) { return reinterpret_cast<Word*>(buffer[i]); });
+          for (int64_t i = 0; i < count; ++i)
+            for (int64_t j = 0; j < length; ++j) to[n + i][r + j] = rounded<T>(buffer[i][j]);
+        }
+      }
+    }
+  }
+
+  void step(const ManifoldStepParams& p, int64_t k, int64_t first, int64_t n, const A* gradient) const override {
+    const ManifoldStepRule<A> rule(p);
+    T* const param = p.param.at<T>(k, first);
+    if (T* const buffer = p.buffer ? p.buffer.at<T>(k, first) : nullptr) {
+      for (int64_t i = 0; i < n; ++i) {
+        A value = wide(param[i]), m = wide(buffer[i]);
+        rule.apply(gradient[i], value, &m);
+        buffer[i] = rounded<T>(m);
+        param[i] = rounded<T>(value);
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        A value = wide(param[i]);
+        rule.apply(gradient[i], value, nullptr);
+        param[i] = rounded<T>(value);
+      }
+    }
+  }
+
+ private:
+  /// Two vectors wide.
+  template <int64_t height>
+  static void product_block(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, A* c, int64_t ldc) {
+    Lanes<A> sum[height][2];
+    for (int64_t r = 0; r < height; ++r)
+      for (int64_t i = 0; i < 2; ++i) sum[r][i] = load(c + r * ldc + i * kLanes<A>);
+    for (int64_t d = 0; d < depth; ++d) {
+      const Lanes<A> left = load(b + d * ldb), right = load(b + d * ldb + kLanes<A>);
+      for (int64_t r = 0; r < height; ++r) {
+        sum[r][0] += left * wide(a[r * lda + d]);
+        sum[r][1] += right * wide(a[r * lda + d]);
+      }
+    }
+    for (int64_t r = 0; r < height; ++r) __builtin_memcpy(c + r * ldc, sum[r], sizeof(sum[r]));
+  }
+
+  template <int64_t count>
+  static void dots_of(int64_t n, const T* const* rows, const T* x, A* out) {
+    Lanes<A> sum[count] = {};
+    int64_t first = 0;
+    for (; first + kLanes<A> <= n; first += kLanes<A>) {
+      const Lanes<A> value = load(x + first);
+      for (int64_t j = 0; j < count; ++j) sum[j] += load(rows[j] + first) * value;
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      out[j] = sum_of(sum[j]);
+      for (int64_t i = first; i < n; ++i) out[j] += wide(rows[j][i]) * wide(x[i]);
+    }
+  }
+
+  template <class To>
+  static void mix_to(int64_t n, int64_t terms, const A* c, const T* const* rows, To* to) {
+    constexpr int64_t many = 4;
+    int64_t first = 0;
+    for (; first + many * kLanes<A> <= n; first += many * kLanes<A>) mix_lanes<many>(first, terms, c, rows, to);
+    for (; first + kLanes<A> <= n; first += kLanes<A>) mix_lanes<1>(first, terms, c, rows, to);
+    for (; first < n; ++first) {
+      A sum = 0;
+      for (int64_t j = 0; j < terms; ++j) sum += c[j] * wide(rows[j][first]);
+      to[first] = rounded<To>(sum);
+    }
+  }
+  template <int64_t many, class To>
+  static void mix_lanes(int64_t first, int64_t terms, const A* c, const T* const* rows, To* to) {
+    Lanes<A> sum[many] = {};
+    for (int64_t j = 0; j < terms; ++j)
+      for (int64_t i = 0; i < many; ++i) sum[i] += load(rows[j] + first + i * kLanes<A>) * c[j];
+    A sums[many * kLanes<A>];
+    __builtin_memcpy(sums, sum, sizeof(sum));
+    for (int64_t i = 0; i < many * kLanes<A>; ++i) to[first + i] = rounded<To>(sums[i]);
+  }
+
+  template <class U>
+  static A wide_dot(int64_t n, const U* a, const T* b) {
+    constexpr int64_t many = 4;
+    Lanes<A> sum[many] = {};
+    int64_t first = 0;
+    for (; first + many * kLanes<A> <= n; first += many * kLanes<A>)
+      for (int64_t i = 0; i < many; ++i) sum[i] += load(a + first + i * kLanes<A>) * load(b + first + i * kLanes<A>);
+    for (; first + kLanes<A> <= n; first += kLanes<A>) sum[0] += load(a + first) * load(b + first);
+    A total = sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; first < n; ++first) total += wide(a[first]) * wide(b[first]);
+    return total;
+  }
+};
+
+const Ops<double> float64;
+const Ops<float> float32;
+const Ops<BFloat16> bfloat16;
+const Ops<Float16> float16;
+
+#define NEUROMOD_STRING_(a) #a
+#define NEUROMOD_STRING(a) NEUROMOD_STRING_(a)
+
+}  // namespace
+
+extern const VectorSet NEUROMOD_VECTOR_SET;
+const VectorSet NEUROMOD_VECTOR_SET = {NEUROMOD_STRING(NEUROMOD_ISA), &float64, &float32, &bfloat16, &float16};
+
+}  // namespace neuromod

@@ -1,0 +1,121 @@
+#include "manifold_linear/manifold_linear_plan.h"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <map>
+#include <utility>
+
+#include "common/dtype_name.h"
+
+namespace neuromod {
+namespace {
+
+// Seconds per element on one core (Xeon with AVX-512 and AMX), from benchmarks/speed/plan_costs.py. Only their ratios
+// matter, and those differ little between processors.
+struct Costs {
+  double product;  // of a tile product: one multiply-add
+  double blend;    // one term of one element of a blended weight, or of a gradient it goes back to
+  double stream;   // one multiply-add of a row of P with a row of x
+  double pack;     // one element of P as the right operand of a product
+  double read;     // one element of P from memory
+};
+
+Costs costs(DType dtype) {
+  switch (dtype) {
+    case DType::float64:
+      return {4.0e-11, 3.7e-10, 1.2e-10, 2e-10, 8e-10};
+    case DType::float32:
+      return {1.6e-11, 2.0e-10, 6.5e-11, 1e-10, 4e-10};
+    case DType::bfloat16:
+      return {4.0e-12, 2.5e-10, 2.0e-10, 1e-9, 2e-10};
+    case DType::float16:
+      break;
+  }
+  return {2.9e-11, 3.9e-10, 2.8e-10, 1e-10, 2e-10};
+}
+
+constexpr double kAlign = 16;            // rows of a segment are padded to this
+constexpr int64_t kMostStreamRows = 16;  // partial sums of plan stream grow with the rows
+
+double padded(double rows) { return std::ceil(rows / kAlign) * kAlign; }
+
+double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
+  const Costs cost = costs(p.dtype);
+  const bool backward = pass == Pass::backward;
+  const double terms = double(p.num_local), samples = double(p.batch), rows = double(p.rows());
+  const double points = std::min(samples * terms, double(p.num_basis));  // basis points that act on any sample
+  double element = points * cost.read;                                   // for each element of a weight
+  switch (plan) {
+    case Plan::expand: {
+      const double segments = p.index ? std::clamp(samples, 1.0, double(p.num_basis)) : 1;
+      const double multiplied = segments * padded(rows / segments) * terms;
+      element += (backward ? 2 : 1) * multiplied * cost.product + (backward ? points * cost.pack : 0);
+      break;
+    }
+    case Plan::fold:
+      element += (backward ? 2 : 1) * samples * padded(double(p.tokens)) * cost.product;
+      element += (backward ? 3 : 1) * samples * terms * cost.blend + (backward ? points * cost.pack : 0);
+      break;
+    case Plan::stream:
+      element += (backward ? 3 : 1) * rows * terms * cost.stream;
+      break;
+  }
+  return element * double(p.out_features) * double(p.in_features);
+}
+
+}  // namespace
+
+const char* plan_name(Plan plan) {
+  switch (plan) {
+    case Plan::expand:
+      return "expand";
+    case Plan::fold:
+      return "fold";
+    case Plan::stream:
+      break;
+  }
+  return "stream";
+}
+
+std::vector<PlanCost> plan_costs(const ManifoldLinearParams& p, Pass pass) {
+  std::vector<PlanCost> plans;
+  for (const Plan plan : {Plan::expand, Plan::fold, Plan::stream})
+    if (plan != Plan::stream || p.rows() <= kMostStreamRows) plans.push_back({plan, seconds(p, pass, plan)});
+  std::stable_sort(plans.begin(), plans.end(), [](const auto& a, const auto& b) { return a.seconds < b.seconds; });
+  return plans;
+}
+
+/// See module.cpp. The plan that is forced stands first.
+std::map<std::string, std::vector<std::pair<std::string, double>>> explain_manifold_linear(
+    const std::string& dtype, int64_t batch, int64_t tokens, int64_t num_basis, int64_t num_local, int64_t out_features,
+    int64_t in_features) {
+  ManifoldLinearParams p{};
+  p.dtype = dtype_from_name("explain", dtype);
+  p.batch = batch, p.tokens = tokens, p.num_basis = num_basis, p.num_local = num_local > 0 ? num_local : num_basis;
+  p.out_features = out_features, p.in_features = in_features;
+  int64_t anywhere = 0;
+  if (num_local > 0) p.index.data = &anywhere;
+  std::map<std::string, std::vector<std::pair<std::string, double>>> passes;
+  for (const Pass pass : {Pass::forward, Pass::backward}) {
+    auto& plans = passes[pass == Pass::forward ? "forward" : "backward"];
+    for (const auto& [plan, seconds] : plan_costs(p, pass)) plans.emplace_back(plan_name(plan), seconds);
+    const std::string chosen = plan_name(choose_plan(p, pass));
+    std::stable_partition(plans.begin(), plans.end(), [&](const auto& plan) { return plan.first == chosen; });
+  }
+  return passes;
+}
+
+Plan choose_plan(const ManifoldLinearParams& p, Pass pass) {
+  if (const char* const forced = std::getenv("NEUROMOD_PLAN")) {
+    for (const Plan plan : {Plan::expand, Plan::fold, Plan::stream})
+      if (std::string(forced) == plan_name(plan)) return plan;
+    TORCH_CHECK_VALUE(forced[0] == '\0', "manifold_linear: expected NEUROMOD_PLAN to be expand, fold or stream, got ",
+                      forced, "; unset it");
+  }
+  return plan_costs(p, pass).front().plan;
+}
+
+}  // namespace neuromod

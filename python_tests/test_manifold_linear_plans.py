@@ -1,0 +1,179 @@
+"""The plans of manifold_linear on the CPU: each is right by itself, and chosen as `explain` says.
+
+A plan is forced by the environment variable NEUROMOD_PLAN.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from bounds import check
+from entry import Call
+from linear_entries import LINEAR, PLANS, linear_call
+from op_entries import OPS
+from sampling import DTYPES, LAYOUTS, Draw, name_of
+
+from neuromod_ext import _C, _ops
+
+NAMES = [op.name for op in LINEAR]
+ROLES = {
+    "manifold_linear": "xPcb",
+    "manifold_linear_backward": "gxPcb",
+    "manifold_linear_update_": "Pgxc",
+    "manifold_linear_local": "xPicb",
+    "manifold_linear_local_backward": "gxPicb",
+}
+RAGGED = [  # B, tokens, K, O, I: beside the edges of tiles (32, 64) and blocks (8, 16, 256)
+    (1, (), 3, 65, 129),
+    (2, (33,), 1, 64, 1),
+    (3, (5, 7), 5, 1, 66),
+    (17, (), 9, 67, 33),
+    (70, (3,), 2, 130, 31),
+    (5, (270,), 3, 7, 65),
+    (300, (), 4, 3, 5),
+]
+every_plan = pytest.mark.parametrize("plan", PLANS)
+
+
+@pytest.fixture
+def forced(plan: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("NEUROMOD_PLAN", plan)
+    return plan
+
+
+def copied(call: Call) -> Call:
+    return Call([None if t is None else t.clone() for t in call.tensors], call.others)
+
+
+def verify(name: str, call: Call, draw: Draw) -> None:
+    op = OPS[name]
+    want = op.expected(call)
+    for got, expected in zip(op.run(_ops.OPS[name], call), want, strict=True):
+        check(got, expected, draw)
+
+
+@pytest.mark.parametrize(
+    "cases", [pytest.param(25, id="quick"), pytest.param(500, id="full", marks=pytest.mark.full)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+@every_plan
+def test_fuzz(name: str, dtype: torch.dtype, forced: str, cases: int) -> None:
+    """Any sizes, empty ones included, in any layout."""
+    for i in range(cases):
+        draw = Draw(f"{forced}/{name}/{name_of(dtype)}/{i}", dtype, layouts=LAYOUTS)
+        verify(name, OPS[name].draw(draw, 50_000), draw)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", RAGGED, ids=lambda s: f"{s[0]}-{s[1]}-{s[2:]}")
+@every_plan
+def test_ragged(sizes, dtype: torch.dtype, forced: str) -> None:
+    B, middle, K, O, I = sizes
+    for name, roles in ROLES.items():
+        draw = Draw(f"ragged/{sizes}/{name}/{name_of(dtype)}", dtype)
+        call = linear_call(draw, roles, B, middle, K, O, I, bias=True, L=(K + 1) // 2)
+        if call.others:
+            call.others["needed"] = [True] * 4
+        if "i" not in roles:
+            call.tensors[roles.index("c")] = draw.coeff(B, K)
+        verify(name, call, draw)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+@every_plan
+def test_same_bits_on_any_number_of_threads(name: str, dtype: torch.dtype, forced: str) -> None:
+    op, call = OPS[name], OPS[name].large(Draw(f"threads/{name}", dtype))
+    first = op.run(_ops.OPS[name], copied(call))
+    assert all(t.isfinite().all() and t.any() for t in first)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        for a, b in zip(first, op.run(_ops.OPS[name], copied(call)), strict=True):
+            assert torch.equal(a, b)
+
+
+@every_plan
+def test_called_from_many_threads_at_once(forced: str) -> None:
+    """Scratch memory belongs to a thread, and calls of other sizes follow each other on it."""
+    calls = []
+    for i, name in enumerate(NAMES * 2):
+        draw = Draw(f"reentrant/{i}", DTYPES[i % 4])
+        call = OPS[name].large(draw) if i % 3 == 0 else OPS[name].draw(draw, 50_000)
+        calls.append((name, call, OPS[name].run(_ops.OPS[name], copied(call))))
+
+    def work(turn: int) -> bool:
+        order = calls[turn % len(calls) :] + calls[: turn % len(calls)]
+        runs = ((OPS[name].run(_ops.OPS[name], copied(call)), want) for name, call, want in order)
+        return all(torch.equal(a, b) for got, want in runs for a, b in zip(got, want, strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(12)))
+
+
+# Which plan is taken
+
+
+SHAPE = {"batch": 2, "tokens": 3, "num_basis": 4, "out_features": 5, "in_features": 6}
+
+
+@pytest.mark.parametrize("local", [0, 2])
+@every_plan
+def test_a_forced_plan_comes_first(forced: str, local: int) -> None:
+    plans = _C.explain(**SHAPE, dtype="float32", num_local=local)
+    assert [plans[p][0][0] for p in ("forward", "backward")] == [forced, forced]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cheapest_plan_comes_first(dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.delenv("NEUROMOD_PLAN", raising=False)
+    for plans in _C.explain(**SHAPE, dtype=name_of(dtype)).values():
+        assert sorted(name for name, _ in plans) == sorted(PLANS)
+        seconds = [cost for _, cost in plans]
+        assert seconds == sorted(seconds)
+        assert seconds[0] > 0
+    many = _C.explain(**SHAPE | {"batch": 1000}, dtype=name_of(dtype))
+    assert all(name != "stream" for plans in many.values() for name, _ in plans)
+
+
+def test_what_plans_are_for(monkeypatch) -> None:
+    """Many samples, many tokens of few samples, few rows: each has its plan."""
+    monkeypatch.delenv("NEUROMOD_PLAN", raising=False)
+    layer = {"dtype": "float32", "num_basis": 3, "out_features": 1024, "in_features": 1024}
+    for sizes, plan in (
+        ({"batch": 512}, "expand"),
+        ({"batch": 4, "tokens": 512}, "fold"),
+        ({"batch": 1}, "stream"),
+    ):
+        assert _C.explain(**layer, **sizes)["forward"][0][0] == plan
+
+
+def test_an_unknown_plan_is_refused(monkeypatch) -> None:
+    monkeypatch.setenv("NEUROMOD_PLAN", "quickly")
+    words = (
+        "manifold_linear: expected NEUROMOD_PLAN to be expand, fold or stream, got quickly; "
+        "unset it"
+    )
+    for name in NAMES:
+        call = OPS[name].large(Draw("unknown", torch.float32))
+        with pytest.raises(ValueError, match="NEUROMOD_PLAN") as caught:
+            OPS[name].run(_ops.OPS[name], call)
+        assert str(caught.value) == words
+    with pytest.raises(ValueError, match="NEUROMOD_PLAN") as caught:
+        _C.explain(**SHAPE, dtype="float32")
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize("function", ["explain", "tile_seconds"])
+def test_an_unknown_dtype_is_refused(function: str) -> None:
+    words = f"{function}: expected dtype float64, float32, bfloat16 or float16, got int8"
+    sizes = SHAPE if function == "explain" else {"rows": 8, "cols": 8, "depth": 8, "repeats": 1}
+    with pytest.raises(ValueError, match="dtype") as caught:
+        getattr(_C, function)(**sizes, dtype="int8")
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tile_seconds(dtype: torch.dtype) -> None:
+    sizes = {"rows": 64, "cols": 32, "depth": 63, "repeats": 3}
+    assert 0 < _C.tile_seconds(dtype=name_of(dtype), **sizes) < 1
