@@ -1,5 +1,6 @@
-# Everything from a fresh clone: make, make demo, make test. Needs python3 (>= 3.10), a C++ compiler and make; nvcc is
-# optional. SYSTEM_TORCH=1 builds on the interpreter's own torch (>= 2.11), and needs no network if packages are there.
+# Everything from a fresh clone: make, make demo, make test, make bench. Needs python3 (>= 3.10), a C++ compiler and
+# make; nvcc is optional. SYSTEM_TORCH=1 builds on the interpreter's own torch (>= 2.11), and needs no network if
+# packages are there. ARGS="…" is passed on to what demo, test and bench run.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -16,7 +17,7 @@ EXTRAS := dev
 endif
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-full lint clean
+.PHONY: build demo test test-full bench lint clean
 
 $(VENV)/.tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "neuromod_ext: expected Python >= 3.10, found " + sys.version.split()[0] + "; set PYTHON")'
@@ -40,6 +41,9 @@ $(VENV)/.installed: pyproject.toml
 
 demo: build
 	@$(PY) -m benchmarks.papers rotated $(ARGS)
+
+bench: build
+	@$(PY) -m benchmarks.speed $(ARGS)
 
 test: build
 	@$(PY) -m pytest -m "not full" $(ARGS)

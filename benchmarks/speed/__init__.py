@@ -1,0 +1,1 @@
+"""Speed against what else PyTorch offers: ``python -m benchmarks.speed --help``."""
