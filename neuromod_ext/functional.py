@@ -8,6 +8,8 @@ differentiable to any order (unless they say otherwise), and work under ``torch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,7 +34,7 @@ __all__ = [
     "natural_step_",
 ]
 
-_FEW_ROWS = 64  # with more, storing the weight costs little beside the product
+_FEW_ROWS = 16  # with more, storing the weight costs little beside the products of both passes
 
 
 def manifold_linear(
@@ -68,17 +70,17 @@ def manifold_linear(
     """
     _checks.tensors("manifold_linear", input=input, basis=basis, coeff=coeff)
     if _checks.autocast_enabled(input.device):
-        input, basis, bias = _low(input), _low(basis), None if bias is None else _low(bias)
+        input, basis, bias = _low(input.device, input, basis, bias)
         with torch.autocast(input.device.type, enabled=False):
             return _manifold_linear(input, basis, coeff, bias)
     return _manifold_linear(input, basis, coeff, bias)
 
 
-def _low(t: Tensor) -> Tensor:
-    """An operand in the dtype that autocast asks for; float64 stays."""
-    if t.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return t
-    return t.to(torch.get_autocast_dtype(t.device.type))
+def _low(device: torch.device, *operands: Tensor | None) -> list[Any]:
+    """The operands in the dtype that autocast asks for on a device; float64 stays."""
+    dtype = torch.get_autocast_dtype(device.type)
+    low = (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(dtype) if t is not None and t.dtype in low else t for t in operands]
 
 
 def _manifold_linear(input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,7 +133,7 @@ def manifold_linear_local(
     op = "manifold_linear_local"
     _checks.tensors(op, input=input, basis=basis, index=index, coeff=coeff)
     if _checks.autocast_enabled(input.device):
-        input, basis, bias = _low(input), _low(basis), None if bias is None else _low(bias)
+        input, basis, bias = _low(input.device, input, basis, bias)
         with torch.autocast(input.device.type, enabled=False):
             return autograd.manifold_linear(input, basis, coeff, bias, index)
     return autograd.manifold_linear(input, basis, coeff, bias, index)
@@ -219,7 +221,7 @@ def natural_gradient(
     )
     _checks.natural_gradient(coeff, metric_inverse)
     if _checks.autocast_enabled(input.device):
-        input, grad_output = _low(input), _low(grad_output)
+        input, grad_output = _low(input.device, input, grad_output)
         with torch.autocast(input.device.type, enabled=False):
             return _natural_gradient(input, grad_output, coeff, metric_inverse)
     return _natural_gradient(input, grad_output, coeff, metric_inverse)
@@ -279,7 +281,7 @@ def natural_step_(
     )
     _refuse_transforms(op)
     if _checks.autocast_enabled(input.device):
-        input, grad_output = _low(input), _low(grad_output)
+        input, grad_output = _low(input.device, input, grad_output)
         with torch.autocast(input.device.type, enabled=False):
             return natural_step_(basis, input, grad_output, coeff, metric_inverse, lr)
     _checks.natural_step_(basis, input, grad_output, coeff, metric_inverse, lr)

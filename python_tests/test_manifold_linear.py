@@ -46,7 +46,7 @@ def test_one_condition(shape, coeff_shape) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 200])
 def test_one_condition_of_any_number_of_rows(rows: int, dtype: torch.dtype) -> None:
     """Few rows go through the op, many through torch's own product; values and gradients agree."""
     d = Draw(f"rows/{rows}", dtype)

@@ -7,6 +7,7 @@ operand that is not finite leave a result finite that it enters.
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,14 +21,12 @@ from sampling import Draw, name_of
 from neuromod_ext import _ops, reference
 
 CASES = [
-    pytest.param(name, dtype, plan, id=f"{name}-{name_of(dtype)}" + (f"-{plan}" if plan else ""))
+    pytest.param(name, dtype, id=f"{name}-{name_of(dtype)}")
     for name, op in OPS.items()
     for dtype in op.dtypes
-    for plan in ("", *(PLANS if op.plan else ()))
 ]
+PLANNED = [name for name, op in OPS.items() if op.plan]
 VALUES = (math.nan, math.inf, -math.inf)
-
-
 KINDS = (np.isnan, np.isposinf, np.isneginf)
 
 
@@ -45,28 +44,52 @@ def planted(name: str, draw: Draw, position: int) -> Call | None:
     return call
 
 
-@pytest.mark.parametrize(("name", "dtype", "plan"), CASES)
-def test_positions(name: str, dtype: torch.dtype, plan: str, backend: Backend, monkeypatch) -> None:
-    op = OPS[name]
-    if plan and backend.name != "cpu":
-        pytest.skip("the CPU's kernels have plans, no others")
-    monkeypatch.setenv("NEUROMOD_PLAN", plan)
-    cases, tried = backend.cases(40), 0
+def calls(name: str, dtype: torch.dtype, cases: int, device: str = "cpu") -> Iterator[Call]:
     for i, position in itertools.product(range(cases), range(6)):
-        draw = Draw(f"nonfinite/{name}/{name_of(dtype)}/{i}", dtype, backend.device)
-        call = planted(name, draw, position)
-        if call is None:
-            continue
-        taken = op.plan(call) if op.plan and backend.name == "cpu" else None
-        want = [e.value for e in op.expected(call, taken)]
+        call = planted(
+            name, Draw(f"nonfinite/{name}/{name_of(dtype)}/{i}", dtype, device), position
+        )
+        if call is not None:
+            yield call
+
+
+def verify(name: str, dtype: torch.dtype, backend: Backend, cases: int) -> None:
+    op, tried = OPS[name], 0
+    for call in calls(name, dtype, cases, backend.device):
+        plan = op.plan(call) if op.plan and backend.name == "cpu" else None
+        want = [e.value for e in op.expected(call, plan)]
+        # A half type's odd depth is padded, and infinity times the padding is NaN.
+        padded = plan == "fold" and dtype.itemsize == 2
         for got, expected in zip(op.run(backend.op(name), call), want, strict=True):
             numbers = got.double().cpu().numpy()
-            # A half type's odd depth is padded, and infinity times the padding is NaN.
-            padded = taken == "fold" and dtype.itemsize == 2
             for of in (np.isfinite,) if padded else KINDS:
-                assert (of(numbers) == of(expected)).all(), f"{draw}, operand {position}"
+                assert (of(numbers) == of(expected)).all(), call
         tried += 1
     assert tried >= cases // 2
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_positions(name: str, dtype: torch.dtype, backend: Backend) -> None:
+    verify(name, dtype, backend, backend.cases(24))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", PLANNED)
+def test_positions_in_every_plan(name: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEUROMOD_PLAN", plan)
+    for dtype in OPS[name].dtypes:
+        verify(name, dtype, Backend("cpu", torch.ops.neuromod_ext, "cpu", 1.0), 12)
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_no_plan_leaves_finite_what_another_does_not(name: str) -> None:
+    for call in calls(name, torch.float64, 30):
+        first, *others = [
+            [np.isfinite(e.value) for e in OPS[name].expected(call, plan)] for plan in PLANS
+        ]
+        for other in others:
+            for a, b in zip(first, other, strict=True):
+                assert (a == b).all(), call
 
 
 @pytest.mark.parametrize("name", _ops.NAMES)
