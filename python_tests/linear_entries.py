@@ -19,7 +19,7 @@ from torch import Tensor
 
 from neuromod_ext import _C
 
-PLANS = ("expand", "fold", "stream")
+PLANS = ("expand", "fold", "stream", "fold_gemm")
 BACKWARD = "gxPcb"  # roles in the order of the signature; an index follows the basis
 
 
@@ -121,7 +121,7 @@ class Form:
 
     def _folds(self) -> bool:
         """Magnitudes too: of a blend that is stored, what is stored may be flushed."""
-        return self.plan == "fold" or self.at.minus == 1
+        return self.plan.startswith("fold") or self.at.minus == 1
 
     def output(self) -> Array:
         if self._folds():
@@ -147,7 +147,7 @@ class Form:
         return einsum("btki,bk->bti", z, self.c)
 
     def grad_basis(self) -> Array:
-        if self.plan == "fold" and self.at.minus != 1:
+        if self.plan.startswith("fold") and self.at.minus != 1:
             outer = einsum("bto,bti->boi", self.g, self.x)
             terms = einsum("bk,boi->bkoi", self.c, outer)
         else:
@@ -158,6 +158,8 @@ class Form:
         return self._summed(terms)
 
     def grad_bias(self) -> Array:
+        if self.plan.startswith("fold"):
+            return self._summed(einsum("bk,bo->bko", self.c, self.g.sum(1)))
         return self._summed(einsum("bk,bto->bko", self.c, self.g))
 
     def _summed(self, terms: Array) -> Array:
@@ -171,7 +173,7 @@ class Form:
     def grad_coeff(self) -> Array:
         if self.plan == "stream":
             return einsum("bto,btko->bk", self.g, self._products())
-        if self.plan == "fold":
+        if self.plan.startswith("fold"):
             outer = einsum("bto,bti->boi", self.g, self.x)
             total = self._einsum("boi,W->bk", outer, self.P)
         else:

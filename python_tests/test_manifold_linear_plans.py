@@ -142,7 +142,8 @@ def test_what_plans_are_for(monkeypatch) -> None:
     layer = {"dtype": "float32", "num_basis": 3, "out_features": 1024, "in_features": 1024}
     for sizes, plan in (
         ({"batch": 512}, "expand"),
-        ({"batch": 4, "tokens": 512}, "fold"),
+        ({"batch": 16, "tokens": 48}, "fold"),
+        ({"batch": 4, "tokens": 512}, "fold_gemm"),
         ({"batch": 1}, "stream"),
     ):
         assert _C.explain(**layer, **sizes)["forward"][0][0] == plan
@@ -151,8 +152,8 @@ def test_what_plans_are_for(monkeypatch) -> None:
 def test_an_unknown_plan_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("NEUROMOD_PLAN", "quickly")
     words = (
-        "manifold_linear: expected NEUROMOD_PLAN to be expand, fold or stream, got quickly; "
-        "unset it"
+        "manifold_linear: expected NEUROMOD_PLAN to be expand, fold, stream or fold_gemm, "
+        "got quickly; unset it"
     )
     for name in NAMES:
         call = OPS[name].large(Draw("unknown", torch.float32))

@@ -38,28 +38,45 @@ def per_element(plan: str, op: str, dtype: torch.dtype, shape: tuple[int, int, i
     basis = torch.randn(K, features, features).to(dtype)
     coeff = torch.randn(batch, K, dtype=accumulation)
     run = getattr(torch.ops.neuromod_ext, op).default
+    operands: tuple[object, ...] = (x, basis, coeff)
+    if op == "manifold_linear_backward":  # of basis and coeff
+        operands = (x, x, basis, coeff, None, [False, True, True, False])
     os.environ["NEUROMOD_PLAN"] = plan
     try:
-        return seconds(lambda: run(x, basis, coeff)) / features**2
+        return seconds(lambda: run(*operands)) / features**2
     finally:
         del os.environ["NEUROMOD_PLAN"]
+
+
+def row(dtype: torch.dtype) -> dict[str, float]:
+    """The constants of a dtype, by their names in the table."""
+
+    def per(plan: str, batch: int, tokens: int, features: int = 512, op: str = "") -> float:
+        return per_element(plan, f"manifold_linear{op}", dtype, (batch, tokens, features))
+
+    name = str(dtype).removeprefix("torch.")
+    tile = statistics.median(_C.tile_seconds(name, 64, 32, 512, 20) for _ in range(15))
+    cost = {"product": tile / (64 * 32 * 512)}
+    for plan, key in (("fold", "fold"), ("fold_gemm", "gemm")):
+        cost[key] = (per(plan, 4, 512) - per(plan, 4, 256)) / (4 * 256)
+    cost["blend"] = (per("fold", 16, 32) / 16 - 32 * cost["fold"]) / K
+    cost["spread"] = (per("fold", 16, 32, op="_backward") / 16 - 32 * cost["fold"]) / K
+    cost["turn"] = per("fold_gemm", 16, 64) / 16 - 64 * cost["gemm"] - K * cost["blend"]
+    cost["stream"] = per("stream", 4, 1, 256) / (4 * K)
+    cost["pack"] = per("expand", 64, 1, op="_grad_input") / K - 64 * cost["product"]
+    cost["read"] = per("stream", 1, 1, 4096) / K - cost["stream"]
+    cost["call"] = per("fold_gemm", 64, 16, 32) * 32**2 / 64
+    return cost
 
 
 def main() -> None:
     """Print a row for each dtype."""
     torch.set_num_threads(1)
-    print("dtype      product    blend   stream     pack     read")
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
-        product = statistics.median(_C.tile_seconds(name, 64, 32, 512, 20) for _ in range(15))
-        product /= 64 * 32 * 512
-        forward, backward = "manifold_linear", "manifold_linear_grad_input"
-        blend = (per_element("fold", forward, dtype, (16, 32, 512)) / 16 - 32 * product) / K
-        stream = per_element("stream", forward, dtype, (4, 1, 256)) / (4 * K)
-        pack = per_element("expand", backward, dtype, (64, 1, 512)) / K - 64 * product
-        read = per_element("stream", forward, dtype, (1, 1, 4096)) / K - stream
-        row = (product, blend, stream, pack, read)
-        print(f"{name:9}", *(f"{max(value, 0.0):8.1e}" for value in row))
+        cost = row(dtype)
+        if dtype == torch.float64:
+            print(f"{'dtype':14}", *(f"{name:>8}" for name in cost))
+        print(f"{dtype!s:14}", *(f"{max(value, 0.0):8.1e}" for value in cost.values()))
 
 
 if __name__ == "__main__":

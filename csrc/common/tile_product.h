@@ -59,6 +59,23 @@ struct Tile {
   int64_t stride;  // from row to row
 };
 
+/// B, packed: row d of the panel is rows[d], or zeros if that is null.
+template <class T>
+void pack_columns(int64_t count, const T* const* rows, int64_t cols, T* panel) {
+  if (interleaved<T>()) {
+    for (int64_t d = 0; d < count; d += 2)
+      vectors<T>().interleave(cols, rows[d], d + 1 < count ? rows[d + 1] : nullptr, panel + d * kTile);
+  } else {
+    for (int64_t d = 0; d < count; ++d) {
+      if (rows[d]) {
+        std::copy_n(rows[d], cols, panel + d * kTile);
+      } else {
+        std::fill_n(panel + d * kTile, cols, T{});
+      }
+    }
+  }
+}
+
 /// Each thread calls this when its products are done: oneDNN may hold the core's matrix unit configured.
 template <class T>
 void release_tiles() {

@@ -1,8 +1,7 @@
-// manifold_linear on the CPU, forward: y^T = sum_l P_k x^T c_l. Basis points are A, read in place; a tile's columns are
-// rows of x, so that their coefficients lie side by side.
+// manifold_linear on the CPU, forward, plan expand: y^T = sum_l P_k x^T c_l. Basis points are A, read in place; a
+// tile's columns are rows of x, so that their coefficients lie side by side.
 //
-// expand: 2 R L O I flop; each product tile is scaled by its columns' coefficients and summed over k in cache.
-// fold: 2 R O I + 2 B L O I flop; the sample's weight is blended for one tile of outputs, rounded to T, and multiplied.
+// 2 R L O I flop; each product tile is scaled by its columns' coefficients and summed over k in cache.
 // Sums: over i in brgemm's order, then over k upwards. Work is split over outputs and rows only, so results do not
 // depend on the number of threads.
 #include <array>
@@ -15,18 +14,19 @@
 namespace neuromod {
 namespace {
 
+/// Plan expand.
 template <class T>
-class Forward {
+class Expand {
   using A = acc_t<T>;
   using RowTile = RowOrder::RowTile;
-  static constexpr int64_t kBlock = 8;  // row tiles that see a tile of P before it leaves the cache
+  static constexpr int64_t kBlock = 8;     // row tiles that see a tile of P before it leaves the cache
+  static constexpr int64_t kDepth = 1024;  // of a product that is taken at a time: what it reads stays in cache
   static constexpr int64_t kPackedBytes = int64_t(8) << 20;
 
  public:
-  Forward(const ManifoldLinearParams& p, Plan plan)
+  explicit Expand(const ManifoldLinearParams& p)
       : p_(p),
-        fold_(plan == Plan::fold),
-        rows_(p, plan, row_alignment<T>()),
+        rows_(p, row_alignment<T>()),
         tiles_(rows_.tiles(kNarrowTile)),
         out_tiles_(ceil_div(p.out_features, kTile)),
         depth_(packed_depth<T>(p.in_features)),
@@ -43,14 +43,12 @@ class Forward {
   void run(int64_t first, int64_t count) {
     const Scratch<T> packed(count * panel_);
     parallel(count, double(panel_) * 1e-9, [&](int64_t i) { pack(tiles_[first + i], packed.data() + i * panel_); });
-    const int64_t block = fold_ ? std::max(kBlock, ceil_div(count, ceil_div(8, out_tiles_))) : kBlock;
-    const int64_t blocks = ceil_div(count, block);
-    const double seconds = 2e-11 * double(kTile * p_.in_features) * double(std::min(count, block) * kNarrowTile);
+    const int64_t blocks = ceil_div(count, kBlock);
+    const double seconds = 2e-11 * double(kTile * p_.in_features) * double(std::min(count, kBlock) * kNarrowTile);
     parallel_ranges(out_tiles_ * blocks, seconds, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t from = i % blocks * block, n = std::min(block, count - from);
-        const T* panels = packed.data() + from * panel_;
-        (fold_ ? folded(i / blocks, first + from, n, panels) : expanded(i / blocks, first + from, n, panels));
+        const int64_t from = i % blocks * kBlock, n = std::min(kBlock, count - from);
+        expanded(i / blocks, first + from, n, packed.data() + from * panel_);
       }
       release_tiles<T>();
     });
@@ -81,64 +79,36 @@ class Forward {
 
   void expanded(int64_t out_tile, int64_t first, int64_t count, const T* panels) const {
     const int64_t out_first = out_tile * kTile, outs = tile_size(out_tile, p_.out_features);
-    const Scratch<A> product(kTile * kNarrowTile), sums(count * kTile * kNarrowTile);
+    const int64_t area = kTile * kNarrowTile;
+    const Scratch<A> products(count * area), sums(count * area);
     const Scratch<T> copy(depth_ == p_.in_features ? 0 : kTile * depth_);
     std::array<bool, kBlock> started = {};
     A c[kNarrowTile], bias[kTile];
     for (int64_t k = 0; k < p_.num_basis; ++k) {
+      const auto uses = [&](int64_t i) { return rows_.entry(tiles_[first + i].segment, k) < p_.num_local; };
       Tile<T> basis = {nullptr, 0};
-      for (int64_t i = 0; i < count; ++i) {
-        const RowTile& tile = tiles_[first + i];
-        const int64_t l = rows_.entry(tile.segment, k), width = rows_.padded(tile.count);
-        if (l >= p_.num_local) continue;
-        if (!basis.data) {
-          basis = weight(k, out_first, outs, copy.data());
-          if (p_.bias) vectors<T>().widen(outs, p_.bias.at<T>(k, out_first), bias);
+      for (int64_t d = 0; d == 0 || d < p_.in_features; d += kDepth) {
+        for (int64_t i = 0; i < count; ++i) {
+          if (!uses(i)) continue;
+          const RowTile& tile = tiles_[first + i];
+          const int64_t width = rows_.padded(tile.count), depth = std::min(kDepth, p_.in_features - d);
+          if (!basis.data) {
+            basis = weight(k, out_first, outs, copy.data());
+            if (p_.bias) vectors<T>().widen(outs, p_.bias.at<T>(k, out_first), bias);
+          }
+          const Tile<T> x = {panels + i * panel_ + d * kNarrowTile, kNarrowTile};
+          A* const product = products.data() + i * area;
+          tile_product<T>(outs, width, depth, {basis.data + d, basis.stride}, x, product, kNarrowTile, d > 0);
+          if (d + kDepth < p_.in_features) continue;
+          if (k + 1 == p_.num_basis) prefetch_outputs(tile, out_first, outs);
+          rows_.coefficients(tile.first, width, rows_.entry(tile.segment, k), c);
+          vectors<T>().mix_columns(outs, width, kNarrowTile, product, c, p_.bias ? bias : nullptr,
+                                   sums.data() + i * area, started[i]);
+          started[i] = true;
         }
-        rows_.coefficients(tile.first, width, l, c);
-        if (k + 1 == p_.num_basis) prefetch_outputs(tile, out_first, outs);
-        const Tile<T> x = {panels + i * panel_, kNarrowTile};
-        tile_product<T>(outs, width, p_.in_features, basis, x, product.data(), kNarrowTile, false);
-        vectors<T>().mix_columns(outs, width, kNarrowTile, product.data(), c, p_.bias ? bias : nullptr,
-                                 sums.data() + i * kTile * kNarrowTile, started[i]);
-        started[i] = true;
       }
     }
     for (int64_t i = 0; i < count; ++i) store(tiles_[first + i], out_first, outs, &sums[i * kTile * kNarrowTile]);
-  }
-
-  void folded(int64_t out_tile, int64_t first, int64_t count, const T* panels) const {
-    const int64_t out_first = out_tile * kTile, outs = tile_size(out_tile, p_.out_features), L = p_.num_local;
-    const Scratch<A> sum(kTile * kNarrowTile), c(L);
-    const Scratch<T> blend(kTile * depth_);
-    const Scratch<const T*> basis(L);
-    A bias[kTile], ones[kNarrowTile];
-    std::fill_n(ones, kNarrowTile, A(1));
-    for (int64_t i = 0; i < count; ++i) {
-      const RowTile& tile = tiles_[first + i];
-      const RowOrder::Segment& segment = rows_.segments()[tile.segment];
-      if (i == 0 || tile.segment != tiles_[first + i - 1].segment) {
-        for (int64_t l = 0; l < L; ++l) c[l] = *p_.coeff.at<A>(segment.sample, l);
-        for (int64_t o = 0; o < outs; ++o) {
-          for (int64_t l = 0; l < L; ++l) basis[l] = p_.basis.at<T>(basis_point(segment, l), out_first + o);
-          vectors<T>().mix(p_.in_features, L, c.data(), basis.data(), blend.data() + o * depth_);
-          if (depth_ != p_.in_features) blend[o * depth_ + p_.in_features] = T{};
-        }
-        std::fill_n(bias, kTile, A(0));
-        for (int64_t l = 0; l < L && p_.bias; ++l)
-          vectors<T>().add_scaled(outs, c[l], p_.bias.at<T>(basis_point(segment, l), out_first), bias);
-      }
-      const int64_t width = rows_.padded(tile.count);
-      prefetch_outputs(tile, out_first, outs);
-      tile_product<T>(outs, width, p_.in_features, {blend.data(), depth_}, {panels + i * panel_, kNarrowTile},
-                      sum.data(), kNarrowTile, false);
-      if (p_.bias) vectors<T>().mix_columns(outs, width, kNarrowTile, sum.data(), ones, bias, sum.data(), false);
-      store(tile, out_first, outs, sum.data());
-    }
-  }
-
-  int64_t basis_point(const RowOrder::Segment& segment, int64_t l) const {
-    return (segment.first_basis + l) % p_.num_basis;
   }
 
   void prefetch_outputs(const RowTile& tile, int64_t out_first, int64_t outs) const {
@@ -154,7 +124,6 @@ class Forward {
   }
 
   const ManifoldLinearParams& p_;
-  const bool fold_;
   const RowOrder rows_;
   const std::vector<RowTile> tiles_;
   const int64_t out_tiles_, depth_, panel_;
@@ -163,14 +132,11 @@ class Forward {
 }  // namespace
 
 void manifold_linear_forward_cpu(const ManifoldLinearParams& p) {
+  const Plan plan = choose_plan(p, Pass::forward);
+  if (plan == Plan::fold || plan == Plan::fold_gemm) return manifold_linear_fold_forward(p, plan);
   dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const Plan plan = choose_plan(p, Pass::forward);
-    if (plan == Plan::stream) {
-      manifold_linear_stream_forward<T>(p);
-    } else {
-      Forward<T>(p, plan).run();
-    }
+    plan == Plan::stream ? manifold_linear_stream_forward<T>(p) : Expand<T>(p).run();
   });
 }
 

@@ -17,28 +17,34 @@ namespace {
 // matter, and those differ little between processors.
 struct Costs {
   double product;  // of a tile product: one multiply-add
-  double blend;    // one term of one element of a blended weight, or of a gradient it goes back to
+  double fold;     // the same in plan fold, whose products are stored as they come
+  double gemm;     // the same by torch's matrix product
+  double blend;    // one term of one element of a blended weight
+  double spread;   // one term of one element of a sample's gradient, on its way to dP and dc
+  double turn;     // one element of a blended weight, packed by torch's matrix product
   double stream;   // one multiply-add of a row of P with a row of x
   double pack;     // one element of P as the right operand of a product
   double read;     // one element of P from memory
+  double call;     // of torch's matrix product
 };
 
 Costs costs(DType dtype) {
   switch (dtype) {
     case DType::float64:
-      return {4.0e-11, 3.7e-10, 1.2e-10, 2e-10, 8e-10};
+      return {4.0e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 1.2e-10, 2e-10, 8e-10, 7e-6};
     case DType::float32:
-      return {1.6e-11, 2.0e-10, 6.5e-11, 1e-10, 4e-10};
+      return {1.6e-11, 1.9e-11, 1.6e-11, 1.5e-10, 2.6e-10, 4e-10, 6.5e-11, 1e-10, 4e-10, 4e-6};
     case DType::bfloat16:
-      return {4.0e-12, 2.5e-10, 2.0e-10, 1e-9, 2e-10};
+      return {4.0e-12, 7.0e-12, 3.5e-12, 1.8e-10, 5e-10, 3.5e-10, 2.0e-10, 1e-9, 2e-10, 3.5e-5};
     case DType::float16:
       break;
   }
-  return {2.9e-11, 3.9e-10, 2.8e-10, 1e-10, 2e-10};
+  return {2.9e-11, 3.2e-11, 3.0e-11, 7e-10, 8e-10, 1e-10, 2.8e-10, 1e-10, 2e-10, 4e-5};
 }
 
 constexpr double kAlign = 16;            // rows of a segment are padded to this
 constexpr int64_t kMostStreamRows = 16;  // partial sums of plan stream grow with the rows
+constexpr Plan kPlans[] = {Plan::expand, Plan::fold, Plan::stream, Plan::fold_gemm};
 
 double padded(double rows) { return std::ceil(rows / kAlign) * kAlign; }
 
@@ -56,14 +62,18 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       break;
     }
     case Plan::fold:
-      element += (backward ? 2 : 1) * samples * padded(double(p.tokens)) * cost.product;
-      element += (backward ? 3 : 1) * samples * terms * cost.blend + (backward ? points * cost.pack : 0);
+      element += (backward ? 2 : 1) * rows * cost.fold + samples * terms * (cost.blend + (backward ? cost.spread : 0));
       break;
     case Plan::stream:
       element += (backward ? 3 : 1) * rows * terms * cost.stream;
       break;
+    case Plan::fold_gemm:
+      element += rows * (cost.gemm + (backward ? cost.fold : 0));
+      element += samples * (terms * (cost.blend + (backward ? cost.spread : 0)) + cost.turn);
+      break;
   }
-  return element * double(p.out_features) * double(p.in_features);
+  const double calls = plan == Plan::fold_gemm ? samples * std::ceil(double(p.out_features) / 256) * cost.call : 0;
+  return element * double(p.out_features) * double(p.in_features) + calls;
 }
 
 }  // namespace
@@ -74,6 +84,8 @@ const char* plan_name(Plan plan) {
       return "expand";
     case Plan::fold:
       return "fold";
+    case Plan::fold_gemm:
+      return "fold_gemm";
     case Plan::stream:
       break;
   }
@@ -82,7 +94,7 @@ const char* plan_name(Plan plan) {
 
 std::vector<PlanCost> plan_costs(const ManifoldLinearParams& p, Pass pass) {
   std::vector<PlanCost> plans;
-  for (const Plan plan : {Plan::expand, Plan::fold, Plan::stream})
+  for (const Plan plan : kPlans)
     if (plan != Plan::stream || p.rows() <= kMostStreamRows) plans.push_back({plan, seconds(p, pass, plan)});
   std::stable_sort(plans.begin(), plans.end(), [](const auto& a, const auto& b) { return a.seconds < b.seconds; });
   return plans;
@@ -110,10 +122,11 @@ std::map<std::string, std::vector<std::pair<std::string, double>>> explain_manif
 
 Plan choose_plan(const ManifoldLinearParams& p, Pass pass) {
   if (const char* const forced = std::getenv("NEUROMOD_PLAN")) {
-    for (const Plan plan : {Plan::expand, Plan::fold, Plan::stream})
+    for (const Plan plan : kPlans)
       if (std::string(forced) == plan_name(plan)) return plan;
-    TORCH_CHECK_VALUE(forced[0] == '\0', "manifold_linear: expected NEUROMOD_PLAN to be expand, fold or stream, got ",
-                      forced, "; unset it");
+    TORCH_CHECK_VALUE(forced[0] == '\0',
+                      "manifold_linear: expected NEUROMOD_PLAN to be expand, fold, stream or fold_gemm, got ", forced,
+                      "; unset it");
   }
   return plan_costs(p, pass).front().plan;
 }

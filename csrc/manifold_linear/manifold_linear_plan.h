@@ -10,9 +10,10 @@ namespace neuromod {
 
 /// How the work is arranged.
 enum class Plan : int8_t {
-  expand,  ///< every basis point's product with every row, mixed while in cache: L times the plain layer's work
-  fold,    ///< each sample's weight, blended while in cache, times its rows: once the plain layer's work
-  stream,  ///< P row by row, read once: few rows
+  expand,     ///< every basis point's product with every row, mixed while in cache: L times the plain layer's work
+  fold,       ///< each sample's weight, blended while in cache, times its rows: once the plain layer's work
+  stream,     ///< P row by row, read once: few rows
+  fold_gemm,  ///< fold with torch's matrix product of large blocks instead of tiles: very many tokens
 };
 
 enum class Pass : int8_t { forward, backward };
@@ -29,5 +30,9 @@ std::vector<PlanCost> plan_costs(const ManifoldLinearParams& p, Pass pass);
 Plan choose_plan(const ManifoldLinearParams& p, Pass pass);
 
 const char* plan_name(Plan plan);
+
+// Plans fold and fold_gemm.
+void manifold_linear_fold_forward(const ManifoldLinearParams& p, Plan plan);
+void manifold_linear_fold_backward(const ManifoldLinearBackwardParams& q, Plan plan);
 
 }  // namespace neuromod

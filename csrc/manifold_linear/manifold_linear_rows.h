@@ -1,8 +1,8 @@
 // In which order, and in which tiles, the CPU kernels of manifold_linear take the rows of x and g.
 //
-// Rows are sorted into segments: rows that share their basis points (plan expand) or their whole condition (plan fold).
-// A segment begins at a multiple of `align` positions; positions past its rows are empty and count as rows of zeros, so
-// that packed operands come in few sizes, and in sizes that brgemm multiplies well.
+// Rows are sorted into segments, rows that share their basis points. A segment begins at a multiple of `align`
+// positions; positions past its rows are empty and count as rows of zeros, so that packed operands come in few sizes,
+// and in sizes that brgemm multiplies well.
 #pragma once
 
 #include <algorithm>
@@ -27,25 +27,21 @@ class RowOrder {
   struct Segment {
     int64_t first, count;  // positions
     int64_t first_basis;
-    int64_t sample;  // any of it
-    int64_t end;     // with its empty positions
+    int64_t end;  // with its empty positions
   };
   /// Consecutive positions of one segment.
   struct RowTile {
     int64_t first, count, segment;
   };
 
-  RowOrder(const ManifoldLinearParams& p, Plan plan, int64_t align) : p_(p), align_(align) {
-    if (plan == Plan::fold) {
-      for (int64_t b = 0; b < p.batch; ++b) append(p.first_basis(b), b, 1, [=](int64_t) { return b; });
-    } else if (!p.index) {
-      append(0, 0, p.batch, [](int64_t b) { return b; });
+  RowOrder(const ManifoldLinearParams& p, int64_t align) : p_(p), align_(align) {
+    if (!p.index) {
+      append(0, p.batch, [](int64_t b) { return b; });
     } else {
       std::vector<std::vector<int64_t>> samples(p.num_basis);
       for (int64_t b = 0; b < p.batch; ++b) samples[p.first_basis(b)].push_back(b);
       for (int64_t k = 0; k < p.num_basis; ++k)
-        if (!samples[k].empty())
-          append(k, samples[k][0], int64_t(samples[k].size()), [&](int64_t i) { return samples[k][i]; });
+        if (!samples[k].empty()) append(k, int64_t(samples[k].size()), [&](int64_t i) { return samples[k][i]; });
     }
     in_place_ = true;
     for (int64_t i = 0; i < p.rows(); ++i) in_place_ = in_place_ && row_[i] == i;
@@ -93,9 +89,9 @@ class RowOrder {
  private:
   /// A segment of `samples` samples, the i-th of which is sample_of(i).
   template <class SampleOf>
-  void append(int64_t first_basis, int64_t sample, int64_t samples, SampleOf sample_of) {
+  void append(int64_t first_basis, int64_t samples, SampleOf sample_of) {
     const int64_t first = positions(), count = samples * p_.tokens;
-    segments_.push_back({first, count, first_basis, sample, first + padded(count)});
+    segments_.push_back({first, count, first_basis, first + padded(count)});
     for (int64_t i = 0; i < samples; ++i)
       for (int64_t t = 0; t < p_.tokens; ++t) row_.push_back(sample_of(i) * p_.tokens + t);
     row_.resize(padded(positions()), -1);
