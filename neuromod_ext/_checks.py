@@ -381,52 +381,6 @@ def manifold_step_(
             raise ValueError(f"{op}: expected {name} to be finite, got {value}")
 
 
-def manifold_conv(
-    op: str,
-    dims: int,
-    input: Tensor,
-    basis: Tensor,
-    coeff: Tensor,
-    bias: Tensor | None,
-    groups: int,
-) -> None:
-    """The convolutions run on torch's own, whose errors speak of weights no user ever saw."""
-    letters = "DHW"[3 - dims :] if dims > 1 else "L"
-    space = ", ".join(letters)
-    kernel = ", ".join("k" + letter for letter in letters)
-    _floating(op, "input", input)
-    _device_like(op, "basis", basis, "input", input)
-    if not autocast_enabled(input.device):
-        _like(op, "basis", basis, "input", input)
-    _rank(op, "basis", basis, 3 + dims, f"[K, O, C / groups, {kernel}]")
-    _num_basis(op, "basis", basis.shape[0])
-    _accumulation_like(op, "coeff", coeff, "basis", basis)
-    K, O = basis.shape[:2]
-    if groups < 1 or O % groups != 0:
-        raise ValueError(f"{op}: expected groups >= 1 that divides O = {O}, got {groups}")
-    one_condition = coeff.dim() == 1 or (coeff.dim() == 2 and coeff.shape[0] == 1)
-    if not one_condition:
-        _rank(op, "input", input, 2 + dims, f"[B, C, {space}]")
-        _rank(op, "coeff", coeff, 2, "[B, K]")
-        _same_shape(op, "coeff", coeff, "[B, K]", [input.shape[0], K])
-    elif input.dim() not in (1 + dims, 2 + dims):
-        raise ValueError(
-            f"{op}: expected input of shape [B, C, {space}] or [C, {space}], "
-            f"got {_shape(input.shape)}"
-        )
-    else:
-        _same_shape(op, "coeff", coeff, "[..., K]", [-1, K])
-    channels = input.shape[-1 - dims]
-    if channels != basis.shape[2] * groups:
-        raise ValueError(
-            f"{op}: expected input of {basis.shape[2] * groups} channels (basis.shape[2] * groups "
-            f"= {basis.shape[2]} * {groups}), got {channels}"
-        )
-    if bias is not None:
-        _like(op, "bias", bias, "basis", basis)
-        _same_shape(op, "bias", bias, "[K, O]", [K, O])
-
-
 def natural_gradient(coeff: Tensor, metric_inverse: Tensor, op: str = "natural_gradient") -> None:
     _rank(op, "coeff", coeff, 2, "[B, K]")
     _like(op, "metric_inverse", metric_inverse, "coeff", coeff)

@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neuromod_ext import _checks, autograd
-from neuromod_ext._transforms import size_left_open
+from neuromod_ext import _checks, _conv_autograd, _conv_checks, autograd
+from neuromod_ext._contraction import use_reference
+from neuromod_ext._conv_checks import Options
+from neuromod_ext._transforms import low_precision, size_left_open, surrounded
+
+# How the CPU goes about a convolution: "windows" is the op; the others are torch's convolution.
+PLANS = ("windows", "grouped", "stacked")
+FORCED = os.environ.get("NEUROMOD_CONV_PLAN")
+
+
+def plan(input: Tensor, basis: Tensor, options: Options) -> str:
+    """The plan for samples of several conditions, from shapes alone."""
+    if FORCED:
+        if FORCED not in PLANS:
+            raise ValueError(
+                "manifold_conv: expected NEUROMOD_CONV_PLAN to be windows, grouped or stacked, "
+                f"got {FORCED}; unset it"
+            )
+        return FORCED
+    if input.device.type != "cpu":
+        return "grouped"
+    space, groups = options.output_space(input.shape[2:], basis.shape[3:]), options.groups
+    # Few pixels do not pay for the blend of a large kernel.
+    if 2000 * math.prod(space) ** 2 <= math.prod(basis.shape[1:]):
+        return "stacked"
+    depthwise = basis.shape[1] == groups == input.shape[1]
+    return "grouped" if depthwise or len(space) == 3 else "windows"
 
 
 def _manifold_conv(
@@ -20,49 +46,89 @@ def _manifold_conv(
     basis: Tensor,
     coeff: Tensor,
     bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
     groups: int,
-    **options: Any,
 ) -> Tensor:
     op = f"manifold_conv{dims}d"
     _checks.tensors(op, input=input, basis=basis, coeff=coeff)
-    _checks.manifold_conv(op, dims, input, basis, coeff, bias, groups)
-    condition = coeff.reshape(-1, coeff.shape[-1])
-    if condition.shape[0] == 0:  # no sample: any one kernel, for an output of the right shape
-        condition = condition.sum(0, keepdim=True)
-    samples = condition.shape[0]
-    if size_left_open(samples):  # a number of groups left open is beyond torch's compilers
-        return _stacked_conv(convolve, input, basis, condition, bias, groups, **options)
-    weight = autograd.interpolate_weights(basis, condition)
-    if bias is not None:
-        bias = autograd.interpolate_weights(bias, condition)
-    if samples == 1:
-        weight, bias = weight.squeeze(0), None if bias is None else bias.squeeze(0)
-        return convolve(input, weight, bias, groups=groups, **options)
-    out = convolve(
-        input.flatten(0, 1).unsqueeze(0),
-        weight.flatten(0, 1),
-        None if bias is None else bias.flatten(),
-        groups=samples * groups,
-        **options,
-    )
-    return out.reshape(samples, -1, *out.shape[2:])
+    if _checks.autocast_enabled(input.device):
+        input, basis, bias = low_precision(input.device, input, basis, bias)
+        with torch.autocast(input.device.type, enabled=False):
+            return _manifold_conv(
+                dims, convolve, input, basis, coeff, bias, stride, padding, dilation, groups
+            )
+    _conv_checks.function(op, dims, input, basis, coeff, bias, groups)
+    options, far = _conv_checks.walk(op, input, basis, stride, padding, dilation, groups)
+    if any(far):
+        input = F.pad(input, [n for far_side in reversed(far) for n in (0, far_side)])
+    return _walk(convolve, input, basis, coeff.reshape(-1, coeff.shape[-1]), bias, options)
 
 
-def _stacked_conv(
+def _walk(
     convolve: Callable[..., Tensor],
     input: Tensor,
     basis: Tensor,
     coeff: Tensor,
     bias: Tensor | None,
-    groups: int,
-    **options: Any,
+    options: Options,
+) -> Tensor:
+    samples = coeff.shape[0]
+    has_op = not use_reference() and input.device.type == "cpu"
+    if size_left_open(samples):  # a number of groups left open is beyond torch's compilers
+        if has_op:
+            return _conv_autograd.manifold_conv(input, basis, coeff, bias, options)
+        return _stacked(convolve, input, basis, coeff, bias, options)
+    if samples == 1:
+        weight = autograd.interpolate_weights(basis, coeff).squeeze(0)
+        if bias is not None:
+            bias = autograd.interpolate_weights(bias, coeff).squeeze(0)
+        return convolve(input, weight, bias, *options)
+    if samples == 0:  # no group, which torch's convolution refuses
+        return _stacked(convolve, input, basis, coeff, bias, options)
+    chosen = plan(input, basis, options)
+    if chosen == "windows" and has_op and not surrounded():
+        return _conv_autograd.manifold_conv(input, basis, coeff, bias, options)
+    if chosen == "stacked":
+        return _stacked(convolve, input, basis, coeff, bias, options)
+    return _grouped(convolve, input, basis, coeff, bias, options)
+
+
+def _grouped(
+    convolve: Callable[..., Tensor],
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """A kernel for each sample, and one convolution with a group for each."""
+    samples, (stride, padding, dilation, groups) = coeff.shape[0], options
+    weight = autograd.interpolate_weights(basis, coeff)
+    if bias is not None:
+        bias = autograd.interpolate_weights(bias, coeff).flatten()
+    rows, groups = input.flatten(0, 1).unsqueeze(0), samples * groups
+    out = convolve(rows, weight.flatten(0, 1), bias, stride, padding, dilation, groups)
+    return out.reshape(samples, -1, *out.shape[2:])
+
+
+def _stacked(
+    convolve: Callable[..., Tensor],
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    options: Options,
 ) -> Tensor:
     """All basis points' convolutions in one, then their mixture: K times the work."""
     num_basis, out_channels = basis.shape[:2]
-    grouped = basis.unflatten(1, (groups, -1)).transpose(0, 1)  # [groups, K, O / groups, ...]
-    out = convolve(input, grouped.flatten(0, 2), None, groups=groups, **options)
+    grouped = basis.unflatten(1, (options.groups, -1)).transpose(
+        0, 1
+    )  # [groups, K, O / groups, ...]
+    out = convolve(input, grouped.flatten(0, 2), None, *options)
     space = out.dim() - 2
-    out = out.unflatten(1, (groups, num_basis, -1)).to(coeff.dtype)
+    out = out.unflatten(1, (options.groups, num_basis, -1)).to(coeff.dtype)
     mixed = (out * coeff.reshape(-1, 1, num_basis, *[1] * (space + 1))).sum(2).flatten(1, 2)
     if bias is not None:
         blend = torch.matmul(coeff, bias.to(coeff.dtype))
@@ -85,8 +151,7 @@ def manifold_conv1d(
 
     As :func:`manifold_conv2d`, with ``input`` [B, C, L] and ``basis`` [K, O, C / groups, kL].
     """
-    options = {"stride": stride, "padding": padding, "dilation": dilation}
-    return _manifold_conv(1, F.conv1d, input, basis, coeff, bias, groups, **options)
+    return _manifold_conv(1, F.conv1d, input, basis, coeff, bias, stride, padding, dilation, groups)
 
 
 def manifold_conv2d(
@@ -103,9 +168,11 @@ def manifold_conv2d(
 
     .. math:: y_b = \Big(\sum_k c_{bk} P_k\Big) * x_b + \sum_k c_{bk} \beta_k
 
-    Each sample's kernel is folded from the basis points, and one grouped convolution applies them
-    all; one condition for the whole batch is one plain convolution. Compiled code that leaves the
-    batch size open runs all K convolutions instead, and mixes them.
+    On the CPU each sample's kernel is blended, rounded to the dtype, in cache and applied there.
+    Elsewhere, for convolutions of three dimensions and for depthwise ones, one convolution with a
+    group for each sample applies stored kernels; where a sample has few pixels, all K convolutions
+    are mixed, as in compiled code for another device that leaves the batch size open. One condition
+    for the whole batch is one plain convolution.
 
     Args:
         input: x, [B, C, H, W]; [C, H, W] too if ``coeff`` is one condition.
@@ -127,8 +194,7 @@ def manifold_conv2d(
 
     Source: Benjamin et al., "Walking the Weight Manifold".
     """
-    options = {"stride": stride, "padding": padding, "dilation": dilation}
-    return _manifold_conv(2, F.conv2d, input, basis, coeff, bias, groups, **options)
+    return _manifold_conv(2, F.conv2d, input, basis, coeff, bias, stride, padding, dilation, groups)
 
 
 def manifold_conv3d(
@@ -146,5 +212,4 @@ def manifold_conv3d(
     As :func:`manifold_conv2d`, with ``input`` [B, C, D, H, W] and ``basis``
     [K, O, C / groups, kD, kH, kW].
     """
-    options = {"stride": stride, "padding": padding, "dilation": dilation}
-    return _manifold_conv(3, F.conv3d, input, basis, coeff, bias, groups, **options)
+    return _manifold_conv(3, F.conv3d, input, basis, coeff, bias, stride, padding, dilation, groups)

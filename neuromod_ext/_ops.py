@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuromod_ext import _checks, reference
+from neuromod_ext import _checks, _conv_checks, reference
 from neuromod_ext._checks import accumulation_dtype
+from neuromod_ext._conv_checks import Options
 from neuromod_ext.reference import Gradients
 
 NAMES = (
@@ -31,12 +32,15 @@ NAMES = (
     "manifold_linear_update_",
     "manifold_linear_local",
     "manifold_linear_local_backward",
+    "manifold_conv",
+    "manifold_conv_backward",
     "interpolate_weights",
     "interpolate_weights_grad_basis",
     "interpolate_weights_grad_coeff",
     "manifold_metric",
     "manifold_step_",
 )
+CPU_ONLY = ("manifold_conv", "manifold_conv_backward")  # those that have no CUDA kernel
 
 
 def _release(version: str) -> list[str]:
@@ -163,6 +167,37 @@ def _fake_manifold_linear_local_backward(
     needed: Sequence[bool],
 ) -> Gradients:
     _checks.manifold_linear_local_backward(grad_output, input, basis, index, coeff, bias)
+    return _fake_gradients(grad_output, input, basis, coeff, needed)
+
+
+def _fake_manifold_conv(
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    options = Options(stride, padding, dilation, groups)
+    return input.new_empty(_conv_checks.forward(input, basis, coeff, bias, options))
+
+
+def _fake_manifold_conv_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needed: Sequence[bool],
+) -> Gradients:
+    options = Options(stride, padding, dilation, groups)
+    _conv_checks.backward(grad_output, input, basis, coeff, bias, options)
     return _fake_gradients(grad_output, input, basis, coeff, needed)
 
 

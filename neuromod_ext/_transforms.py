@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -20,6 +23,20 @@ def tangents_active() -> bool:
     torch has no public way to ask; a test pins this one.
     """
     return forward_ad._current_level >= 0
+
+
+def surrounded() -> bool:
+    """Whether a ``torch.func`` transform or a ``dual_level`` surrounds the caller."""
+    if transform_active():
+        return True
+    return not torch.compiler.is_compiling() and tangents_active()
+
+
+def low_precision(device: torch.device, *operands: Tensor | None) -> list[Any]:
+    """The operands in the dtype that autocast asks for on a device; float64 stays."""
+    dtype = torch.get_autocast_dtype(device.type)
+    low = (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(dtype) if t is not None and t.dtype in low else t for t in operands]
 
 
 def size_left_open(size: int) -> bool:

@@ -8,8 +8,6 @@ differentiable to any order (unless they say otherwise), and work under ``torch.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,7 +16,7 @@ from neuromod_ext import _checks, autograd
 from neuromod_ext._contraction import contract
 from neuromod_ext._conv import manifold_conv1d, manifold_conv2d, manifold_conv3d
 from neuromod_ext._ops import EXTENSION, OPS
-from neuromod_ext._transforms import size_left_open, transform_active
+from neuromod_ext._transforms import low_precision, size_left_open, transform_active
 from neuromod_ext.reference import MANIFOLD_LINEAR
 
 __all__ = [
@@ -70,17 +68,10 @@ def manifold_linear(
     """
     _checks.tensors("manifold_linear", input=input, basis=basis, coeff=coeff)
     if _checks.autocast_enabled(input.device):
-        input, basis, bias = _low(input.device, input, basis, bias)
+        input, basis, bias = low_precision(input.device, input, basis, bias)
         with torch.autocast(input.device.type, enabled=False):
             return _manifold_linear(input, basis, coeff, bias)
     return _manifold_linear(input, basis, coeff, bias)
-
-
-def _low(device: torch.device, *operands: Tensor | None) -> list[Any]:
-    """The operands in the dtype that autocast asks for on a device; float64 stays."""
-    dtype = torch.get_autocast_dtype(device.type)
-    low = (torch.float32, torch.float16, torch.bfloat16)
-    return [t.to(dtype) if t is not None and t.dtype in low else t for t in operands]
 
 
 def _manifold_linear(input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None) -> Tensor:
@@ -133,7 +124,7 @@ def manifold_linear_local(
     op = "manifold_linear_local"
     _checks.tensors(op, input=input, basis=basis, index=index, coeff=coeff)
     if _checks.autocast_enabled(input.device):
-        input, basis, bias = _low(input.device, input, basis, bias)
+        input, basis, bias = low_precision(input.device, input, basis, bias)
         with torch.autocast(input.device.type, enabled=False):
             return autograd.manifold_linear(input, basis, coeff, bias, index)
     return autograd.manifold_linear(input, basis, coeff, bias, index)
@@ -221,7 +212,7 @@ def natural_gradient(
     )
     _checks.natural_gradient(coeff, metric_inverse)
     if _checks.autocast_enabled(input.device):
-        input, grad_output = _low(input.device, input, grad_output)
+        input, grad_output = low_precision(input.device, input, grad_output)
         with torch.autocast(input.device.type, enabled=False):
             return _natural_gradient(input, grad_output, coeff, metric_inverse)
     return _natural_gradient(input, grad_output, coeff, metric_inverse)
@@ -281,7 +272,7 @@ def natural_step_(
     )
     _refuse_transforms(op)
     if _checks.autocast_enabled(input.device):
-        input, grad_output = _low(input.device, input, grad_output)
+        input, grad_output = low_precision(input.device, input, grad_output)
         with torch.autocast(input.device.type, enabled=False):
             return natural_step_(basis, input, grad_output, coeff, metric_inverse, lr)
     _checks.natural_step_(basis, input, grad_output, coeff, metric_inverse, lr)

@@ -7,14 +7,17 @@ derivative of each such op is made of the others.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from neuromod_ext import _checks
+from neuromod_ext import _checks, _conv_checks
 from neuromod_ext._checks import accumulation_dtype
+from neuromod_ext._conv_checks import Options
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of input, basis, coeff and bias
 
@@ -205,6 +208,63 @@ def manifold_linear_local_backward(
         return grads
     grad_coeff = grads[2].gather(-1, positions(index, coeff.shape[-1], K))
     return grads[0], grads[1], grad_coeff, grads[3]
+
+
+def manifold_conv(
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """y[b] = Σ_k c[b,k] (P[k] * x[b] + β[k]): each tap's product with the pixels that it meets."""
+    options = Options(stride, padding, dilation, groups)
+    shape = _conv_checks.forward(input, basis, coeff, bias, options)
+    wide = accumulation_dtype(input.dtype)
+    weight = torch.tensordot(coeff, basis.to(wide), 1)  # [B, O, C / groups, taps ...]
+    weight = weight.unflatten(1, (groups, shape[1] // groups))
+    around = [p for p in reversed(padding) for _ in range(2)]
+    pixels = F.pad(input.to(wide), around).unflatten(1, (groups, basis.shape[2]))
+    out = pixels.new_zeros(shape[0], groups, shape[1] // groups, _product(shape[2:]))
+    for tap in itertools.product(*(range(k) for k in basis.shape[3:])):
+        walk = zip(tap, shape[2:], stride, dilation, strict=True)
+        met = [slice(t * d, t * d + (n - 1) * s + 1, s) for t, n, s, d in walk]
+        seen = pixels[(..., *met)].flatten(3)
+        out = out + torch.einsum("bgoc,bgcn->bgon", weight[(..., *tap)], seen)
+    if bias is not None:
+        blend = torch.matmul(coeff, bias.to(wide))
+        out = out + blend.unflatten(1, (groups, shape[1] // groups)).unsqueeze(-1)
+    result: Tensor = out.reshape(shape).to(input.dtype)
+    return result
+
+
+def manifold_conv_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    basis: Tensor,
+    coeff: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    needed: Sequence[bool],
+) -> Gradients:
+    """The gradients of :func:`manifold_conv`, by autograd; of one not needed, an empty tensor."""
+    options = Options(stride, padding, dilation, groups)
+    _conv_checks.backward(grad_output, input, basis, coeff, bias, options)
+    bias = basis.new_zeros(basis.shape[:2]) if bias is None else bias
+    with torch.enable_grad():
+        x, P, c, beta = (t.detach().requires_grad_() for t in (input, basis, coeff, bias))
+        out = manifold_conv(x, P, c, beta, *options)
+    grads = torch.autograd.grad(out, (x, P, c, beta), grad_output)
+    empty = grad_output.new_empty(0)
+    results = (g.contiguous() if need else empty for g, need in zip(grads, needed, strict=True))
+    input_grad, basis_grad, coeff_grad, bias_grad = results
+    return input_grad, basis_grad, coeff_grad, bias_grad
 
 
 def interpolate_weights(basis: Tensor, coeff: Tensor) -> Tensor:

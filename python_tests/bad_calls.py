@@ -128,6 +128,66 @@ def outer_rows() -> Rows:
     ]  # fmt: skip
 
 
+WALK = {"stride": [2, 1], "padding": [1, 0], "dilation": [1, 1], "groups": 2}
+CONV = {
+    "input": t(4, 6, 8, 7),
+    "basis": t(3, 10, 3, 3, 2),
+    "coeff": t(4, 3),
+    "bias": t(3, 10),
+    **WALK,
+}
+CONV_LOW = {name: t(*CONV[name].shape, dtype=BF16) for name in ("input", "basis", "coeff", "bias")}
+
+
+def conv_rows(**low: Tensor) -> Rows:
+    """What both ops of manifold_conv refuse: B = 4, K = 3, O = 10, C = 6, 8 x 7 pixels, 3 x 2 taps."""
+    basis = "[K, O, C / groups, kH, kW]"
+    return [
+        ("no space", {"input": t(4, 6)}, ValueError,
+         "input of shape [B, C, ...] with one to three dimensions of space, got [4, 6]"),
+        ("much space", {"input": t(4, 6, 1, 1, 1, 1)}, ValueError,
+         "input of shape [B, C, ...] with one to three dimensions of space, got [4, 6, 1, 1, 1, 1]"),
+        ("integers", {"input": t(4, 6, 8, 7, dtype=INT)}, TypeError, f"input {FLOATING} int64"),
+        ("basis rank", {"basis": t(3, 10, 3, 3)}, ValueError, f"basis of shape {basis}, got [3, 10, 3, 3]"),
+        ("basis rank 1d", {"input": t(4, 6, 8)}, ValueError, "basis of shape [K, O, C / groups, kL], got [3, 10, 3, 3, 2]"),
+        ("basis rank 3d", {"input": t(4, 6, 8, 7, 2)}, ValueError,
+         "basis of shape [K, O, C / groups, kD, kH, kW], got [3, 10, 3, 3, 2]"),
+        ("basis dtype", {"basis": t(3, 10, 3, 3, 2, dtype=F64)}, TypeError,
+         "basis of dtype float32 (that of input), got float64; convert one of them"),
+        ("basis device", {"basis": meta(3, 10, 3, 3, 2)}, ValueError, "basis on cpu (where input is), got meta"),
+        ("no basis point", {"basis": t(0, 10, 3, 3, 2), "coeff": t(4, 0)}, ValueError,
+         "basis with at least one basis point (K >= 1), got K = 0"),
+        ("coeff rank", {"coeff": t(3)}, ValueError, "coeff of shape [B, K], got [3]"),
+        ("coeff samples", {"coeff": t(5, 3)}, ValueError, "coeff of shape [B, K] = [4, 3], got [5, 3]"),
+        ("coeff points", {"coeff": t(4, 2)}, ValueError, "coeff of shape [B, K] = [4, 3], got [4, 2]"),
+        ("coeff dtype", {"coeff": t(4, 3, dtype=F64)}, TypeError,
+         "coeff of dtype float32 (in which sums over float32 basis run), got float64; "
+         "convert it with .to(torch.float32)"),
+        ("low coeff", CONV_LOW | low, TypeError,
+         "coeff of dtype float32 (in which sums over bfloat16 basis run), got bfloat16; "
+         "convert it with .to(torch.float32)"),
+        ("coeff device", {"coeff": meta(4, 3)}, ValueError, "coeff on cpu (where basis is), got meta"),
+        ("channels", {"input": t(4, 5, 8, 7)}, ValueError,
+         "input of 6 channels (basis.shape[2] * groups = 3 * 2), got 5"),
+        ("no group", {"groups": 0}, ValueError, "groups >= 1 that divides O = 10, got 0"),
+        ("negative groups", {"groups": -2}, ValueError, "groups >= 1 that divides O = 10, got -2"),
+        ("odd groups", {"groups": 3}, ValueError, "groups >= 1 that divides O = 10, got 3"),
+        ("bias shape", {"bias": t(10)}, ValueError, "bias of shape [K, O] = [3, 10], got [10]"),
+        ("bias dtype", {"bias": t(3, 10, dtype=F16)}, TypeError,
+         "bias of dtype float32 (that of basis), got float16; convert one of them"),
+        ("bias device", {"bias": meta(3, 10)}, ValueError, "bias on cpu (where basis is), got meta"),
+        ("no stride", {"stride": [0, 1]}, ValueError, "stride of 2 numbers >= 1, got [0, 1]"),
+        ("one stride", {"stride": [1]}, ValueError, "stride of 2 numbers >= 1, got [1]"),
+        ("negative padding", {"padding": [1, -1]}, ValueError, "padding of 2 numbers >= 0, got [1, -1]"),
+        ("three paddings", {"padding": [1, 1, 1]}, ValueError, "padding of 2 numbers >= 0, got [1, 1, 1]"),
+        ("no dilation", {"dilation": [1, 0]}, ValueError, "dilation of 2 numbers >= 1, got [1, 0]"),
+        ("no kernel", {"basis": t(3, 10, 3, 0, 2)}, ValueError,
+         "basis with a kernel of at least 1 in every dimension, got [0, 2]"),
+        ("large kernel", {"dilation": [5, 1]}, ValueError,
+         "basis with a kernel within the padded input [10, 7], got one that spans [11, 2]"),
+    ]  # fmt: skip
+
+
 GOOD: dict[str, dict[str, Any]] = {
     "manifold_linear": {"input": t(4, 6), "basis": t(3, 5, 6), "coeff": t(4, 3), "bias": t(3, 5)},
     "manifold_linear_backward": {
@@ -147,6 +207,8 @@ GOOD: dict[str, dict[str, Any]] = {
         "grad_output": t(4, 5), "input": t(4, 6), "basis": t(3, 5, 6), "index": t(4, dtype=INT), "coeff": t(4, 2),
         "bias": t(3, 5), "needed": [True] * 4,
     },
+    "manifold_conv": CONV,
+    "manifold_conv_backward": {"grad_output": t(4, 10, 4, 6), **CONV, "needed": [True] * 4},
     "interpolate_weights": {"basis": t(3, 5, 6), "coeff": t(4, 3)},
     "interpolate_weights_grad_basis": {"grad_output": t(4, 5, 6), "coeff": t(4, 3)},
     "interpolate_weights_grad_coeff": {"grad_output": t(4, 5, 6), "basis": t(3, 5, 6)},
@@ -190,6 +252,15 @@ BAD: dict[str, Rows] = {
          "basis of dtype float32 (that of grad_output), got float64; convert one of them"),
         ("basis device", {"basis": meta(3, 5, 6)}, ValueError, "basis on cpu (where grad_output is), got meta"),
         ("no basis point", {"basis": t(0, 5, 6)}, ValueError, "basis with at least one basis point (K >= 1), got K = 0"),
+    ],
+    "manifold_conv": conv_rows(),
+    "manifold_conv_backward": [
+        *conv_rows(grad_output=t(4, 10, 4, 6, dtype=BF16)),
+        ("grad_output shape", {G: t(4, 10, 4, 7)}, ValueError,
+         "grad_output of shape [B, O, H, W] = [4, 10, 4, 6], got [4, 10, 4, 7]"),
+        ("grad_output dtype", {G: t(4, 10, 4, 6, dtype=F64)}, TypeError,
+         "grad_output of dtype float32 (that of input), got float64; convert one of them"),
+        ("grad_output device", {G: meta(4, 10, 4, 6)}, ValueError, "grad_output on cpu (where input is), got meta"),
     ],
     "interpolate_weights": [
         ("rank 0", {"basis": t()}, ValueError, "basis of shape [K, ...], got []"),

@@ -130,9 +130,9 @@ def local_call(x: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None = No
     return MF.manifold_linear_local(x, basis, local_index(coeff), coeff, bias)
 
 
-def conv_args(dims: int, groups: int = 1, bias: bool = True, one: bool = False):
+def conv_args(dims: int, groups: int = 1, bias: bool = True, one: bool = False, out: int = 2):
     def make(d: Draw, B: int) -> tuple[Tensor, ...]:
-        K, O, C = d.pick(2, 3), 2 * groups, groups
+        K, O, C = d.pick(2, 3), out * groups, groups
         x = d.tensor(B, C, *(4, 3, 3)[:dims])
         args = [
             x,
@@ -144,7 +144,7 @@ def conv_args(dims: int, groups: int = 1, bias: bool = True, one: bool = False):
     return make
 
 
-def conv_composition(dims: int, label: str, batched, one: bool = False, **options: Any):
+def conv_composition(dims: int, label: str, batched, one: bool = False, out=2, **options: Any):
     function = getattr(MF, f"manifold_conv{dims}d")
     bias = len(batched) == 4
     groups = options.get("groups", 1)
@@ -155,7 +155,7 @@ def conv_composition(dims: int, label: str, batched, one: bool = False, **option
         if bias
         else (lambda x, P, c: function(x, P, c, **options)),
         conv(dims, **options),
-        conv_args(dims, groups, bias, one),
+        conv_args(dims, groups, bias, one, out),
         batched,
     )
 
@@ -204,6 +204,7 @@ FUNCTIONS = (
     ),
     conv_composition(1, "bias", (*SHARED_BASIS, False), padding=1),
     conv_composition(2, "groups", SHARED_BASIS, groups=2, stride=2, padding=1),
+    conv_composition(2, "depthwise", (*SHARED_BASIS, False), groups=3, out=1, padding=1),
     conv_composition(2, "one_condition", (True, False, False, False), one=True),
     conv_composition(3, "bias", (*SHARED_BASIS, False), padding=1),
     Composition(

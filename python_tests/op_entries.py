@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from bounds import Array, Expected, expect
+from conv_entries import CONV
 from entry import Call, Op, einsum, rows
 from linear_entries import LINEAR
 from sampling import Draw, wide
@@ -156,6 +157,7 @@ OPS = {
     op.name: op
     for op in (
         *LINEAR,
+        *CONV,
         Op("interpolate_weights", interpolate_draw("Pc"), interpolate_large("Pc"), interpolate),
         Op(
             "interpolate_weights_grad_basis",

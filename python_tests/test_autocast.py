@@ -22,6 +22,9 @@ def explicit(
     wide = {
         "manifold_linear": (2,),
         "manifold_linear_local": (2,),
+        "manifold_conv1d": (2,),
+        "manifold_conv2d": (2,),
+        "manifold_conv3d": (2,),
         "natural_gradient": (2, 3),
         "ManifoldLinear": (1,),
     }[entry.subject]
@@ -54,7 +57,7 @@ def test_forward_and_backward(entry: Composition, dtype: torch.dtype) -> None:
     [
         e
         for e in ALL
-        if e.subject in ("manifold_linear", "manifold_linear_local", "natural_gradient")
+        if e.subject.startswith(("manifold_linear", "manifold_conv", "natural_gradient"))
         and e.label != "one_condition"
     ],
     ids=lambda e: e.id,

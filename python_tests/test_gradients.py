@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from compositions import ALL, Composition
+from entry import Call
 from op_entries import OPS
 from sampling import Draw
 from torch import Tensor
@@ -56,12 +57,12 @@ def test_public(entry: Composition, i: int) -> None:
     verify(entry.call, leaves(entry.make(draw, draw.pick(1, 2, 3))))
 
 
-def small(name: str, i: int) -> tuple[Tensor, ...]:
-    """Operands of an op of a few dozen elements, some of them empty."""
+def small(name: str, i: int) -> Call:
+    """A call whose operands have a few dozen elements; some of them are empty."""
     for attempt in range(100):
-        tensors = OPS[name].draw(Draw(f"gradients/{name}/{i}/{attempt}"), 150).tensors
-        if sum(t.numel() for t in tensors if t is not None) <= 120:
-            return leaves(tensors)
+        call = OPS[name].draw(Draw(f"gradients/{name}/{i}/{attempt}"), 150)
+        if sum(t.numel() for t in call.tensors if t is not None) <= 120:
+            return call
     raise AssertionError("no small operands")
 
 
@@ -71,16 +72,24 @@ def test_contraction(name: str, i: int) -> None:
     """Each contraction of a form: what derivatives of every order are made of."""
     form, result = FORMS[name]
     operands = len(form.operands(result))
-    verify(lambda *args: autograd.contract(form, result, *args), small(name, i)[:operands])
+    args = leaves(small(name, i).tensors)[:operands]
+    verify(lambda *args: autograd.contract(form, result, *args), args)
 
 
 @pytest.mark.parametrize("i", SEEDS)
 @pytest.mark.parametrize("name", [name for name in _ops.NAMES if OPS[name].differentiable])
 def test_registered(name: str, i: int) -> None:
     """The formulas that compiled code uses; torch knows no forward mode for registered ops."""
-    args = small(name, i)
-    assert gradcheck(_ops.OPS[name], args, nondet_tol=0.0)
-    assert gradgradcheck(_ops.OPS[name], args, nondet_tol=0.0)
+    call = small(name, i)
+
+    def function(*args: Tensor) -> Tensor:
+        given = iter(args)
+        tensors = [None if t is None else next(given) for t in call.tensors]
+        return _ops.OPS[name](*tensors, **call.others)
+
+    args = leaves(call.tensors)
+    assert gradcheck(function, args, nondet_tol=0.0)
+    assert gradgradcheck(function, args, nondet_tol=0.0)
 
 
 @pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])

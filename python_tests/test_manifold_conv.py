@@ -8,6 +8,7 @@ from sampling import DTYPES, Draw
 from torch.nn import functional as F
 
 import neuromod_ext.functional as MF
+from neuromod_ext import _conv, _conv_checks
 
 PLAIN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 OURS = {1: MF.manifold_conv1d, 2: MF.manifold_conv2d, 3: MF.manifold_conv3d}
@@ -93,6 +94,7 @@ def bad_calls(dims: int):
         torch.ones(4, 3),
         torch.ones(3, 6),
     )
+    numbers = f"{dims} number{'s' if dims > 1 else ''}"
     letters = {1: "L", 2: "H, W", 3: "D, H, W"}[dims]
     good = {"input": x, "basis": P, "coeff": c, "bias": b}
     changes = [
@@ -151,17 +153,78 @@ def bad_calls(dims: int):
             ValueError,
             "coeff on cpu (where basis is), got meta; move one of them",
         ),
+        ({"stride": 0}, ValueError, f"stride of {numbers} >= 1, got {[0] * dims}"),
+        ({"stride": [1] * 4}, ValueError, f"stride of {numbers} >= 1, got [1, 1, 1, 1]"),
+        ({"padding": -1}, ValueError, f"padding of {numbers} >= 0, got {[-1] * dims}"),
+        ({"padding": "some"}, ValueError, "padding of numbers, 'same' or 'valid', got 'some'"),
+        (
+            {"padding": "same", "stride": 2},
+            ValueError,
+            f"a stride of 1 with padding='same', got {[2] * dims}",
+        ),
+        ({"dilation": 0}, ValueError, f"dilation of {numbers} >= 1, got {[0] * dims}"),
+        (
+            {"dilation": 3},
+            ValueError,
+            f"basis with a kernel within the padded input {[5] * dims}, "
+            f"got one that spans {[7] * dims}",
+        ),
     ]
     return good, changes
 
 
-@pytest.mark.parametrize("row", range(23))
+@pytest.mark.parametrize("row", range(30))
 @pytest.mark.parametrize("dims", PLAIN)
 def test_bad_calls(dims, row) -> None:
     good, changes = bad_calls(dims)
-    assert len(changes) == 23
+    assert len(changes) == 30
     OURS[dims](**good)
     change, error, words = changes[row]
     with pytest.raises(error) as caught:
         OURS[dims](**good | change)
     assert str(caught.value).startswith(f"manifold_conv{dims}d: expected {words}")
+
+
+PLANNED = [
+    pytest.param((2, 3, 8, 8), (2, 4, 3, 3, 3), {}, "windows", id="plain"),
+    pytest.param((2, 3, 9), (2, 4, 3, 3), {}, "windows", id="1d"),
+    pytest.param((2, 6, 8, 8), (2, 4, 3, 3, 3), {"groups": 2}, "windows", id="groups"),
+    pytest.param((2, 3, 8, 8), (2, 3, 1, 3, 3), {"groups": 3}, "grouped", id="depthwise"),
+    pytest.param((2, 3, 8, 8), (2, 6, 1, 3, 3), {"groups": 3}, "windows", id="multiplier"),
+    pytest.param((2, 32, 3, 3), (2, 32, 32, 3, 3), {}, "stacked", id="one_pixel"),
+    pytest.param((2, 3, 3, 3), (2, 4, 3, 3, 3), {}, "windows", id="one_small_pixel"),
+    pytest.param((2, 3, 6, 6, 6), (2, 4, 3, 3, 3, 3), {}, "grouped", id="3d"),
+]
+
+
+def walk(x, P, **options):
+    filled = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | options
+    return _conv_checks.walk("test", x, P, **filled)[0]
+
+
+@pytest.mark.parametrize(("x_shape", "P_shape", "options", "want"), PLANNED)
+def test_plan(x_shape, P_shape, options, want, monkeypatch) -> None:
+    """The plan goes by shapes; every plan yields the same, gradients included."""
+    d = Draw("plan")
+    args = [d.tensor(*x_shape), d.tensor(*P_shape), d.coeff(2, 2), d.tensor(2, P_shape[1])]
+    assert _conv.plan(args[0], args[1], walk(*args[:2], **options)) == want
+    assert _conv.plan(*(t.to("meta") for t in args[:2]), walk(*args[:2], **options)) == "grouped"
+    results = []
+    for plan in _conv.PLANS:
+        monkeypatch.setattr(_conv, "FORCED", plan)
+        assert _conv.plan(args[0], args[1], walk(*args[:2], **options)) == plan
+        leaves = [t.clone().requires_grad_() for t in args]
+        out = OURS[len(x_shape) - 2](*leaves, **options)
+        assert (type(out.grad_fn).__name__ == "ManifoldConvFunctionBackward") == (plan == "windows")
+        results.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-12)
+
+
+def test_plan_is_named() -> None:
+    """An unknown plan in the environment is refused."""
+    x, P, c, _ = operands(2, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_conv, "FORCED", "unheard_of")
+        with pytest.raises(ValueError, match="to be windows, grouped or stacked, got unheard_of"):
+            MF.manifold_conv2d(x, P, c)

@@ -107,6 +107,14 @@ SAME = {
         None,
         [True] * 4,
     ),
+    "manifold_conv": lambda d: (x := d.tensor(3, 3, 3), d.tensor(3, 2, 3, 2), x[0], None),
+    "manifold_conv_backward": lambda d: (
+        g := d.tensor(3, 3, 3),
+        g,
+        d.tensor(3, 3, 3, 1),
+        g[0],
+        None,
+    ),
     "interpolate_weights": lambda d: (P := d.tensor(4, 4), P),
     "interpolate_weights_grad_basis": lambda d: (g := d.tensor(4, 4), g),
     "interpolate_weights_grad_coeff": lambda d: (g := d.tensor(4, 2, 3), g),
@@ -114,11 +122,15 @@ SAME = {
 }
 
 
+WALK = {"stride": [1], "padding": [0], "dilation": [1], "groups": 1}
+OTHERS = {"manifold_conv": WALK, "manifold_conv_backward": WALK | {"needed": [True] * 4}}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", sorted(SAME))
 def test_the_same_tensor_twice(name: str, dtype: torch.dtype, backend: Backend) -> None:
     draw = Draw(f"same/{name}", dtype, backend.device)
-    call = Call(list(SAME[name](draw)))
+    call = Call(list(SAME[name](draw)), OTHERS.get(name, {}))
     results = OPS[name].run(backend.op(name), call)
     for got, want in zip(results, OPS[name].expected(call), strict=True):
         check(got, want, draw)
@@ -136,13 +148,17 @@ def test_gradient_of_the_same_tensor_twice(name: str) -> None:
     shared = operands[0].requires_grad_()
     if name == "manifold_metric":
         operands = (shared, shared[0])
-    function = _ops.OPS[name]
+    function, options = _ops.OPS[name], OTHERS.get(name, {})
+    if name == "manifold_conv":
+        options = options | {"bias": None}
     assert torch.autograd.gradcheck(
         lambda t: function(
             *(
                 t if u is shared else t[0] if u.dim() < t.dim() and u.is_floating_point() else u
                 for u in operands
-            )
+                if u is not None
+            ),
+            **options,
         ),
         shared,
     )

@@ -1,0 +1,45 @@
+// manifold_conv: y[b,o,q] = sum_ci W_b[o,c,i] x[b,c, q stride + i dilation - padding] + sum_k c[b,k] beta[k,o] with
+// W_b = sum_k c[b,k] P_k, and its gradients. Pixels q and taps i have three dimensions; those that a problem lacks come
+// first and have one place. x is zero outside; channels c are those of the output's group.
+#pragma once
+
+#include "common/params.h"
+
+namespace neuromod {
+
+struct ManifoldConvParams {
+  DType dtype;        // of input, basis, bias and output
+  int64_t batch;      // B: samples, each with one condition
+  int64_t num_basis;  // K
+  int64_t groups;
+  int64_t in_channels;   // C, of all groups
+  int64_t out_channels;  // O, of all groups
+  int64_t in_size[3];    // depth, height, width of x
+  int64_t out_size[3];   // of y
+  int64_t kernel[3], stride[3], padding[3], dilation[3];
+  View input;   // x     [B, C, pixels], dense
+  View basis;   // P     [K, O, C / groups taps], dense
+  View coeff;   // c     [B, K], accumulation type
+  View bias;    // beta  [K, O], unit stride in a row, or null
+  View output;  // y, g  [B, O, pixels], dense
+
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  int64_t out_pixels() const { return out_size[0] * out_size[1] * out_size[2]; }
+};
+
+/// Gradients, those that are not null: p holds input, basis, coeff, bias and the gradient of the output (as output).
+struct ManifoldConvBackwardParams {
+  ManifoldConvParams p;
+  View grad_input;  // [B, C, pixels], dense
+  View grad_basis;  // [K, O, C / groups taps], dense
+  View grad_coeff;  // [B, K]
+  View grad_bias;   // [K, O], unit stride in a row
+};
+
+// Each kernel writes every element of its results exactly once, in an order of summation that does not depend on the
+// number of threads.
+void manifold_conv_forward_cpu(const ManifoldConvParams& p);                     // writes output
+void manifold_conv_grad_input_cpu(const ManifoldConvParams& p, const View& to);  // reads no input
+void manifold_conv_backward_cpu(const ManifoldConvBackwardParams& q);
+
+}  // namespace neuromod

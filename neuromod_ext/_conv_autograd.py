@@ -1,0 +1,154 @@
+"""The op manifold_conv made differentiable, to any order.
+
+As for manifold_linear (:mod:`neuromod_ext.autograd`), but the op stands aside where a transform or
+tangents surround a call: there, and where the gradient is differentiated in turn, torch's own
+grouped convolution and the interpolation of weights, both differentiable, take its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from neuromod_ext._contraction import Contract, apply, contract, raw, registered, underivable
+from neuromod_ext._conv_checks import Options
+from neuromod_ext._ops import EXTENSION, OPS
+from neuromod_ext._transforms import tangents_active, transform_active
+from neuromod_ext.reference import INTERPOLATE_WEIGHTS, Form
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class ManifoldConvFunction(Function):
+    """manifold_conv; never applied under a transform."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None, options: Options
+    ) -> Tensor:
+        return cast(Tensor, raw("manifold_conv", input, basis, coeff, bias, *options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.options = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled() or transform_active() or tangents_active():
+            grads = _vjp(saved, grad, needs, ctx.options, contract)
+        else:
+            grads = _fused_vjp(saved, grad, needs, ctx.options, raw)
+        return (*grads, None)
+
+
+def _fused_vjp(
+    saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], options: Options, call: Any
+) -> Gradients:
+    """The gradients of input, basis, coeff and bias by one op, which has no derivative."""
+    grads = call("manifold_conv_backward", grad, *saved, *options, list(needs))
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def _vjp(
+    saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], options: Options, call: Contract
+) -> Gradients:
+    """The same, differentiable: through each sample's kernel."""
+    input, basis, coeff, bias = saved
+    weight = call(INTERPOLATE_WEIGHTS, "output", basis, coeff)
+    of_weight = needs[1] or needs[2]
+    grad_input, grad_weight = _conv_vjp(input, weight, grad, options, needs[0], of_weight)
+    grad_basis = grad_coeff = grad_bias = None
+    if needs[1]:
+        grad_basis = call(INTERPOLATE_WEIGHTS, "basis", grad_weight, coeff)
+    if needs[2]:
+        grad_coeff = call(INTERPOLATE_WEIGHTS, "coeff", grad_weight, basis)
+    if bias is not None:
+        sample_grad = grad.to(coeff.dtype).flatten(2).sum(2)
+        if grad_coeff is not None:
+            grad_coeff = grad_coeff + torch.matmul(sample_grad, bias.to(coeff.dtype).mT)
+        if needs[3]:
+            grad_bias = torch.matmul(coeff.mT, sample_grad).to(bias.dtype)
+    return grad_input, grad_basis, grad_coeff, grad_bias
+
+
+def _conv_vjp(
+    input: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    options: Options,
+    input_needed: bool,
+    weight_needed: bool,
+) -> tuple[Any, Any]:
+    """The gradients of a convolution of each sample with its own kernel."""
+    if 0 in (input.numel(), weight.numel(), grad.numel()):  # which torch's convolution refuses
+        zeros = torch.zeros_like(input), torch.zeros_like(weight)
+        return zeros[0] if input_needed else None, zeros[1] if weight_needed else None
+    samples, (stride, padding, dilation, groups) = input.shape[0], options
+    grad_rows, input_rows, kernels = (t.flatten(0, 1) for t in (grad, input, weight))
+    grads = torch.ops.aten.convolution_backward(
+        grad_rows.unsqueeze(0),
+        input_rows.unsqueeze(0),
+        kernels,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * len(stride),
+        samples * groups,
+        [input_needed, weight_needed, False],
+    )
+    return (
+        grads[0].reshape(input.shape) if input_needed else None,
+        grads[1].reshape(weight.shape) if weight_needed else None,
+    )
+
+
+def manifold_conv(
+    input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None, options: Options
+) -> Tensor:
+    """The op, differentiable; not for a call that a transform or tangents surround."""
+    if torch.compiler.is_compiling():
+        return cast(Tensor, registered("manifold_conv", input, basis, coeff, bias, *options))
+    if underivable(input, basis, coeff, bias):
+        return cast(Tensor, raw("manifold_conv", input, basis, coeff, bias, *options))
+    return apply(ManifoldConvFunction, input, basis, coeff, bias, options)
+
+
+def _register_autograd() -> None:
+    """The same derivative formulas for the registered op, which compiled code calls."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options = Options(*inputs[4:])
+
+    def call(form: Form, result: str, *values: Tensor) -> Tensor:
+        return cast(Tensor, OPS[form.ops[result][0]](*values))
+
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            grads = _vjp(saved, grad, needs, ctx.options, call)
+        else:
+            grads = _fused_vjp(saved, grad, needs, ctx.options, registered)
+        return (*grads, *[None] * 4)
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+        raise NotImplementedError(
+            "manifold_conv_backward: expected no derivative of this op to be asked for; "
+            "differentiate manifold_conv with create_graph=True"
+        )
+
+    name = "neuromod_ext::manifold_conv"
+    torch.library.register_autograd(name, backward, setup_context=save)
+    torch.library.register_autograd(f"{name}_backward", refuse)
+
+
+if EXTENSION:
+    _register_autograd()
