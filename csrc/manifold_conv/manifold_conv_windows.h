@@ -111,6 +111,12 @@ class Windows {
 
   const Axes axes;
   const std::vector<Line>& lines() const { return lines_; }
+  /// Whether a block's windows are the array's own lines, one after another: a kernel of one tap.
+  bool are_whole_lines() const {
+    for (const Axis& axis : axes)
+      if (axis.step != 1 || axis.taps.size() != 1 || axis.taps[0].offset != 0 || axis.count > axis.in) return false;
+    return cols_ == axes[2].in;
+  }
   /// The lines that a channel's row holds: the first and the number.
   std::pair<int64_t, int64_t> line_range(int64_t row) const {
     if (!merged_) return {0, int64_t(lines_.size())};
@@ -162,7 +168,12 @@ class WindowPacker {
  public:
   /// Lines of a row will be `pitch` apart, filled up with zeros.
   WindowPacker(const Windows& windows, const Block& block, int64_t pitch)
-      : windows_(windows), block_(block), pitch_(pitch), lines_(int64_t(windows.lines().size())) {
+      : windows_(windows),
+        block_(block),
+        pitch_(pitch),
+        lines_(int64_t(windows.lines().size())),
+        whole_(pitch == block.cols && windows.are_whole_lines()) {
+    if (whole_) return;
     const Axis& axis = windows.axes[2];
     int64_t first = 0, last = 0;
     for (size_t j = 0; j < axis.taps.size(); ++j) {
@@ -188,6 +199,11 @@ class WindowPacker {
 
   /// A channel's rows, `stride` apart, from its plane.
   void pack(const T* plane, T* rows, int64_t stride) const {
+    if (whole_) {
+      const Axes& axes = windows_.axes;
+      std::copy_n(plane + (block_.plane * axes[1].in + block_.row) * axes[2].in, block_.rows * block_.cols, rows);
+      return;
+    }
     for (size_t part = 0; part < parts_.size(); ++part)
       stage(plane, parts_[part], staged_->data() + part * lines_ * width_);
     for (int64_t row = 0; row < windows_.channel_rows(); ++row) {
@@ -235,6 +251,7 @@ class WindowPacker {
   const Windows& windows_;
   const Block block_;
   const int64_t pitch_, lines_;
+  const bool whole_;
   int64_t width_;  // columns of a staged line
   std::vector<Part> parts_;
   std::vector<int64_t> shift_;  // where a horizontal tap begins in the staged lines
