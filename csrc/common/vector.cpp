@@ -224,11 +224,15 @@ class Ops final : public VectorOps<T> {
 
   void add_product(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, A* c,
                    int64_t ldc) const override {
-    constexpr int64_t height = 4, width = 2 * kLanes<A>;
+    constexpr int64_t height = 4, width = 2 * kLanes<A>;  // of product_block, the most
     for (int64_t n = 0; n < cols; n += width) {
       for (int64_t r = 0; r < rows; r += height) {
-        if (n + width <= cols && r + height <= rows) {
-          product_block<height>(depth, a + r * lda, lda, b + n, ldb, c + r * ldc + n, ldc);
+        if (n + width <= cols) {
+          const auto block = rows - r >= 4   ? product_block<4>
+                             : rows - r == 3 ? product_block<3>
+                             : rows - r == 2 ? product_block<2>
+                                             : product_block<1>;
+          block(depth, a + r * lda, lda, b + n, ldb, c + r * ldc + n, ldc);
           continue;
         }
         for (int64_t i = r; i < rows && i < r + height; ++i)
