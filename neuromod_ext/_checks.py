@@ -329,7 +329,17 @@ def interpolate_weights_grad_basis(grad_output: Tensor, coeff: Tensor) -> None:
 
 
 def interpolate_weights_grad_coeff(grad_output: Tensor, basis: Tensor) -> None:
-    op = "interpolate_weights_grad_coeff"
+    _interpolate_gradients("interpolate_weights_grad_coeff", grad_output, basis)
+
+
+def interpolate_weights_backward(grad_output: Tensor, basis: Tensor, coeff: Tensor) -> None:
+    op = "interpolate_weights_backward"
+    _interpolate_gradients(op, grad_output, basis)
+    _accumulation_like(op, "coeff", coeff, "grad_output", grad_output)
+    _same_shape(op, "coeff", coeff, "[B, K]", [grad_output.shape[0], basis.shape[0]])
+
+
+def _interpolate_gradients(op: str, grad_output: Tensor, basis: Tensor) -> None:
     _floating(op, "grad_output", grad_output)
     _rank(op, "grad_output", grad_output, 1, "[B, ...]", exact=False)
     _like(op, "basis", basis, "grad_output", grad_output)

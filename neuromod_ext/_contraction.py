@@ -13,7 +13,7 @@ from torch.autograd import Function
 from neuromod_ext import reference
 from neuromod_ext._ops import EXTENSION, OPS
 from neuromod_ext._transforms import tangents_active, transform_active
-from neuromod_ext.reference import Form
+from neuromod_ext.reference import INTERPOLATE_WEIGHTS, Form
 
 Operands = Sequence[Tensor]
 Contract = Callable[..., Tensor]
@@ -56,6 +56,19 @@ def form_vjp(
         call(form, name, *(known[other] for other in form.operands(name))) if need else None
         for name, need in zip(form.operands(result), needs, strict=True)
     ]
+
+
+def fuses(form: Form, result: str, needs: Sequence[bool]) -> bool:
+    """Whether one op, which has no derivative itself, yields the gradients of ``result`` at once.
+
+    Only of interpolate_weights: manifold_linear has a bias, and looks after itself.
+    """
+    return (
+        form is INTERPOLATE_WEIGHTS
+        and result == "output"
+        and all(needs)
+        and not (torch.is_grad_enabled())
+    )
 
 
 def form_jvp(
@@ -102,12 +115,11 @@ class ContractionFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        form, result, values = ctx.form, ctx.result, ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
-        return (
-            None,
-            None,
-            *form_vjp(ctx.form, ctx.result, ctx.saved_tensors, grad, needs, contract),
-        )
+        if fuses(form, result, needs) and not (transform_active() or tangents_active()):
+            return (None, None, *raw(form.backward, grad, *values, list(needs)))
+        return (None, None, *form_vjp(form, result, values, grad, needs, contract))
 
     @staticmethod
     def jvp(ctx: Any, _form: None, _result: None, *tangents: Tensor | None) -> Tensor | None:

@@ -35,6 +35,7 @@ NAMES = (
     "manifold_conv",
     "manifold_conv_backward",
     "interpolate_weights",
+    "interpolate_weights_backward",
     "interpolate_weights_grad_basis",
     "interpolate_weights_grad_coeff",
     "manifold_metric",
@@ -204,6 +205,17 @@ def _fake_manifold_conv_backward(
 def _fake_interpolate_weights(basis: Tensor, coeff: Tensor) -> Tensor:
     _checks.interpolate_weights(basis, coeff)
     return basis.new_empty(coeff.shape[0], *basis.shape[1:])
+
+
+def _fake_interpolate_weights_backward(
+    grad_output: Tensor, basis: Tensor, coeff: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    _checks.interpolate_weights_backward(grad_output, basis, coeff)
+    new = basis.new_empty
+    return (
+        new(basis.shape) if needed[0] else new(0),
+        new(coeff.shape, dtype=coeff.dtype) if needed[1] else new(0),
+    )
 
 
 def _fake_interpolate_weights_grad_basis(grad_output: Tensor, coeff: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from neuromod_ext._contraction import (
     form_jvp,
     form_vjp,
     form_vmap,
+    fuses,
     raw,
     registered,
     underivable,
@@ -274,9 +275,10 @@ def _register_autograd() -> None:
 
     def register_contraction(form: Form, result: str) -> None:
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            return tuple(
-                form_vjp(form, result, ctx.saved_tensors, grad, ctx.needs_input_grad, call)
-            )
+            values, needs = ctx.saved_tensors, ctx.needs_input_grad
+            if fuses(form, result, needs):
+                return tuple(registered(form.backward, grad, *values, list(needs)))
+            return tuple(form_vjp(form, result, values, grad, needs, call))
 
         register(form.ops[result][0], backward)
 
@@ -298,11 +300,13 @@ def _register_autograd() -> None:
         grads = linear_gradients((input, basis, coeff, bias, index), grad, needs)
         return grads[0], grads[1], None, grads[2], grads[3]
 
-    def register_underivable(name: str) -> None:
+    def register_underivable(name: str, form: Form) -> None:
+        others = ", ".join(op for result, (op, _) in form.ops.items() if result != "output")
+
         def refuse(ctx: Any, *grads: Tensor | None) -> None:
             raise NotImplementedError(
-                f"{name}: expected no derivative of this op to be asked for; call "
-                "manifold_linear_grad_input, _grad_basis and _grad_coeff, which have one"
+                f"{name}: expected no derivative of this op to be asked for; call {others}, "
+                "which have one"
             )
 
         register(name, refuse)
@@ -313,8 +317,9 @@ def _register_autograd() -> None:
                 register_contraction(form, result)
     register("manifold_linear", linear)
     register("manifold_linear_local", linear_local)
-    register_underivable("manifold_linear_backward")
-    register_underivable("manifold_linear_local_backward")
+    for form in (MANIFOLD_LINEAR, INTERPOLATE_WEIGHTS):
+        register_underivable(form.backward, form)
+    register_underivable("manifold_linear_local_backward", MANIFOLD_LINEAR)
     register(
         "manifold_metric",
         lambda ctx, grad: _manifold_metric_vjp(ctx.saved_tensors, grad, ctx.needs_input_grad),

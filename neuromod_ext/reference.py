@@ -27,12 +27,14 @@ class Form:
     """A multilinear form: the subscripts of each operand, and the op that yields each one.
 
     ``ops`` maps an operand to the name of the op that contracts the others, and to their order in
-    its signature. The operand ``coeff`` has the accumulation dtype, all others share one dtype.
-    Subscript ``t`` stands for any number of dimensions.
+    its signature; ``backward`` is the op that yields all gradients of the output at once. The
+    operand ``coeff`` has the accumulation dtype, all others share one dtype. Subscript ``t``
+    stands for any number of dimensions.
     """
 
     subscripts: dict[str, str]
     ops: dict[str, tuple[str, tuple[str, ...]]]
+    backward: str
 
     def operands(self, result: str) -> tuple[str, ...]:
         """The operands, in order, of the op that yields ``result``."""
@@ -85,6 +87,7 @@ MANIFOLD_LINEAR = Form(
         "basis": ("manifold_linear_grad_basis", ("output", "input", "coeff")),
         "coeff": ("manifold_linear_grad_coeff", ("output", "input", "basis")),
     },
+    "manifold_linear_backward",
 )
 INTERPOLATE_WEIGHTS = Form(
     {"basis": "kt", "coeff": "bk", "output": "bt"},
@@ -93,6 +96,7 @@ INTERPOLATE_WEIGHTS = Form(
         "basis": ("interpolate_weights_grad_basis", ("output", "coeff")),
         "coeff": ("interpolate_weights_grad_coeff", ("output", "basis")),
     },
+    "interpolate_weights_backward",
 )
 
 
@@ -271,6 +275,18 @@ def interpolate_weights(basis: Tensor, coeff: Tensor) -> Tensor:
     """W[b] = Σ_k c[b,k] P[k]."""
     _checks.interpolate_weights(basis, coeff)
     return INTERPOLATE_WEIGHTS.contract("output", (basis, coeff), (False, False))
+
+
+def interpolate_weights_backward(
+    grad_output: Tensor, basis: Tensor, coeff: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """Both gradients of :func:`interpolate_weights`; of one that is not needed, an empty tensor."""
+    _checks.interpolate_weights_backward(grad_output, basis, coeff)
+    empty = basis.new_empty(0)
+    return (
+        interpolate_weights_grad_basis(grad_output, coeff) if needed[0] else empty,
+        interpolate_weights_grad_coeff(grad_output, basis) if needed[1] else empty,
+    )
 
 
 def interpolate_weights_grad_basis(grad_output: Tensor, coeff: Tensor) -> Tensor:

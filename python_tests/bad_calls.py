@@ -210,6 +210,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "manifold_conv": CONV,
     "manifold_conv_backward": {"grad_output": t(4, 10, 4, 6), **CONV, "needed": [True] * 4},
     "interpolate_weights": {"basis": t(3, 5, 6), "coeff": t(4, 3)},
+    "interpolate_weights_backward": {
+        "grad_output": t(4, 5, 6), "basis": t(3, 5, 6), "coeff": t(4, 3), "needed": [True] * 2,
+    },
     "interpolate_weights_grad_basis": {"grad_output": t(4, 5, 6), "coeff": t(4, 3)},
     "interpolate_weights_grad_coeff": {"grad_output": t(4, 5, 6), "basis": t(3, 5, 6)},
     "manifold_metric": {"coeff": t(7, 3), "weight": t(7)},
@@ -219,6 +222,19 @@ GOOD: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 G, X = "grad_output", "input"
+INTERPOLATE_GRADIENTS: Rows = [
+    ("rank 0", {G: t()}, ValueError, "grad_output of shape [B, ...], got []"),
+    ("integers", {G: t(4, 5, 6, dtype=INT)}, TypeError, f"grad_output {FLOATING} int64"),
+    ("uint8", {G: t(4, 5, 6, dtype=torch.uint8)}, TypeError, f"grad_output {FLOATING} uint8"),
+    ("int32", {G: t(4, 5, 6, dtype=torch.int32)}, TypeError, f"grad_output {FLOATING} int32"),
+    ("int16", {G: t(4, 5, 6, dtype=torch.int16)}, TypeError, f"grad_output {FLOATING} int16"),
+    ("basis dtype", {"basis": t(3, 5, 6, dtype=F64)}, TypeError,
+     "basis of dtype float32 (that of grad_output), got float64; convert one of them"),
+    ("basis device", {"basis": meta(3, 5, 6)}, ValueError, "basis on cpu (where grad_output is), got meta"),
+    ("basis rank 0", {"basis": t()}, ValueError, "basis of shape [K, ...], got []"),
+    ("basis rank", {"basis": t(3, 5)}, ValueError, "basis of shape [K, ...] = [3, 5, 6], got [3, 5]"),
+    ("basis shape", {"basis": t(3, 5, 7)}, ValueError, "basis of shape [K, ...] = [3, 5, 6], got [3, 5, 7]"),
+]  # fmt: skip
 BAD: dict[str, Rows] = {
     "manifold_linear": [*linear_rows(X, 6, "I"), *DENSE, *bias_rows(X)],
     "manifold_linear_backward": [
@@ -291,19 +307,15 @@ BAD: dict[str, Rows] = {
         ("coeff rank 3", {"coeff": t(4, 3, 1)}, ValueError, "coeff of shape [B, K], got [4, 3, 1]"),
         ("coeff samples", {"coeff": t(5, 3)}, ValueError, "coeff of shape [B, K] = [4, 3], got [5, 3]"),
     ],
-    "interpolate_weights_grad_coeff": [
-        ("rank 0", {G: t()}, ValueError, "grad_output of shape [B, ...], got []"),
-        ("integers", {G: t(4, 5, 6, dtype=INT)}, TypeError, f"grad_output {FLOATING} int64"),
-        ("uint8", {G: t(4, 5, 6, dtype=torch.uint8)}, TypeError, f"grad_output {FLOATING} uint8"),
-        ("int32", {G: t(4, 5, 6, dtype=torch.int32)}, TypeError, f"grad_output {FLOATING} int32"),
-        ("int16", {G: t(4, 5, 6, dtype=torch.int16)}, TypeError, f"grad_output {FLOATING} int16"),
-        ("basis dtype", {"basis": t(3, 5, 6, dtype=F64)}, TypeError,
-         "basis of dtype float32 (that of grad_output), got float64; convert one of them"),
-        ("basis device", {"basis": meta(3, 5, 6)}, ValueError, "basis on cpu (where grad_output is), got meta"),
-        ("basis rank 0", {"basis": t()}, ValueError, "basis of shape [K, ...], got []"),
-        ("basis rank", {"basis": t(3, 5)}, ValueError, "basis of shape [K, ...] = [3, 5, 6], got [3, 5]"),
-        ("basis shape", {"basis": t(3, 5, 7)}, ValueError, "basis of shape [K, ...] = [3, 5, 6], got [3, 5, 7]"),
+    "interpolate_weights_backward": [
+        *INTERPOLATE_GRADIENTS,
+        ("coeff dtype", {"coeff": t(4, 3, dtype=F64)}, TypeError,
+         "coeff of dtype float32 (in which sums over float32 grad_output run), got float64; convert it with"),
+        ("coeff device", {"coeff": meta(4, 3)}, ValueError, "coeff on cpu (where grad_output is), got meta"),
+        ("coeff rank", {"coeff": t(3)}, ValueError, "coeff of shape [B, K] = [4, 3], got [3]"),
+        ("coeff points", {"coeff": t(4, 2)}, ValueError, "coeff of shape [B, K] = [4, 3], got [4, 2]"),
     ],
+    "interpolate_weights_grad_coeff": INTERPOLATE_GRADIENTS,
     "manifold_metric": [
         ("rank 1", {"coeff": t(3)}, ValueError, "coeff of shape [N, K], got [3]"),
         ("rank 3", {"coeff": t(7, 3, 1)}, ValueError, "coeff of shape [N, K], got [7, 3, 1]"),

@@ -22,7 +22,10 @@ def interpolate_draw(roles: str) -> Callable[[Draw, int], Call]:
     def draw(d: Draw, most: int) -> Call:
         B, first, second = d.sizes(3, most // 16)
         rest = d.pick((), (first,), (first, second), (second, 1, first))
-        return interpolate_call(d, roles, B, d.random.randint(1, 16), rest)
+        call = interpolate_call(d, roles, B, d.random.randint(1, 16), rest)
+        if call.others:
+            call.others["needed"] = d.pick([True, True], [True, True], [False, True], [True, False])
+        return call
 
     return draw
 
@@ -33,7 +36,8 @@ def interpolate_call(d: Draw, roles: str, B: int, K: int, rest: tuple[int, ...])
         "g": lambda: d.tensor(B, *rest),
         "c": lambda: d.coeff(B, K),
     }
-    return Call([make[role]() for role in roles])
+    both = {"needed": [True, True]} if len(roles) == 3 else {}
+    return Call([make[role]() for role in roles], both)
 
 
 def interpolate_large(roles: str) -> Callable[[Draw], Call]:
@@ -60,6 +64,12 @@ def interpolate_grad_coeff(g: Tensor, P: Tensor) -> list[Expected]:
 
     length = int(np.prod(g.shape[1:]))
     return [expect(formula, [g, P], length, wide(g.dtype), g.dtype)]
+
+
+def interpolate_backward(g: Tensor, P: Tensor, c: Tensor, needed: list[bool]) -> list[Expected]:
+    nothing = expect(lambda at, t: t, [P.new_empty(0)], 0, P.dtype, P.dtype)
+    grad_basis = interpolate_grad_basis(g, c) if needed[0] else [nothing]
+    return grad_basis + (interpolate_grad_coeff(g, P) if needed[1] else [nothing])
 
 
 # manifold_metric
@@ -159,6 +169,13 @@ OPS = {
         *LINEAR,
         *CONV,
         Op("interpolate_weights", interpolate_draw("Pc"), interpolate_large("Pc"), interpolate),
+        Op(
+            "interpolate_weights_backward",
+            interpolate_draw("gPc"),
+            interpolate_large("gPc"),
+            interpolate_backward,
+            differentiable=False,
+        ),
         Op(
             "interpolate_weights_grad_basis",
             interpolate_draw("gc"),

@@ -21,7 +21,7 @@ OURS = {
     "natural_gradient": ("grad_basis", "grad_input", "manifold_linear"),
     "manifold_metric": ("manifold_metric",),
 }
-FOLDED = ("interpolate_weights", "grad_basis", "grad_coeff")
+FOLDED = ("interpolate_weights", "interpolate_weights_backward")
 CONV = ("manifold_conv", "manifold_conv_backward")
 ON_THE_OP = (
     "manifold_conv1d-bias",

@@ -39,7 +39,8 @@ def test_kernels_do_not_depend_on_the_order_of_threads(name: str, reversed_lanes
     op, function = OPS[name], getattr(torch.ops.neuromod_emulated, name).default
     for i in range(20):
         draw = Draw(f"reversed/{name}/{i}", op.dtypes[i % len(op.dtypes)], layouts=LAYOUTS)
-        call = op.draw(draw, 20_000)
+        large = i < 2 and not name.startswith("manifold_linear")  # whose large ones take too long
+        call = op.large(draw) if large else op.draw(draw, 20_000)
         want = op.expected(call)
         for got, expected in zip(op.run(function, call), want, strict=True):
             check(got, expected, draw)

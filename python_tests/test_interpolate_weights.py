@@ -3,6 +3,8 @@
 import pytest
 import torch
 from sampling import DTYPES, Draw, wide
+from test_manifold_linear_backward import Calls
+from torch import Tensor
 
 import neuromod_ext.functional as MF
 
@@ -43,6 +45,31 @@ def test_empty(samples, rest) -> None:
     out.sum().backward()
     assert not P.grad.any()
     assert not c.grad.any()
+
+
+def test_one_op_yields_both_gradients() -> None:
+    """Unless they are to be differentiated in turn: then each is an op that can be."""
+    d = Draw("both")
+    P, c, g = d.tensor(3, 6).requires_grad_(), d.coeff(4, 3).requires_grad_(), d.tensor(4, 6)
+    separate = ["interpolate_weights_grad_basis", "interpolate_weights_grad_coeff"]
+
+    def gradients(P: Tensor, c: Tensor, **options: bool) -> tuple[tuple[Tensor, ...], list[str]]:
+        out, leaves = MF.interpolate_weights(P, c), [t for t in (P, c) if t.requires_grad]
+        with Calls() as calls:
+            return torch.autograd.grad(out, leaves, g, **options), calls.names
+
+    fused, names = gradients(P, c)
+    assert names == ["interpolate_weights_backward"]
+    differentiable, names = gradients(P, c, create_graph=True)
+    assert names == separate
+    assert all(t.grad_fn for t in differentiable)
+    for got, want in zip(fused, differentiable, strict=True):
+        torch.testing.assert_close(got, want)
+    assert gradients(P, c.detach())[1] == separate[:1]
+    assert gradients(P.detach(), c)[1] == separate[1:]
+    outputs = torch.ops.neuromod_ext.interpolate_weights_backward(g, P, c, [True, True])
+    with pytest.raises(NotImplementedError, match="no derivative of this op to be asked for; call"):
+        outputs[0].sum().backward()
 
 
 @pytest.mark.parametrize(

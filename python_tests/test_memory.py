@@ -116,6 +116,7 @@ SAME = {
         None,
     ),
     "interpolate_weights": lambda d: (P := d.tensor(4, 4), P),
+    "interpolate_weights_backward": lambda d: (g := d.tensor(4, 4), g, g, [True] * 2),
     "interpolate_weights_grad_basis": lambda d: (g := d.tensor(4, 4), g),
     "interpolate_weights_grad_coeff": lambda d: (g := d.tensor(4, 2, 3), g),
     "manifold_metric": lambda d: (c := d.tensor(5, 5), c[0]),

@@ -30,7 +30,9 @@ void interpolate_weights_cpu(const InterpolateWeightsParams& p) {
   });
 }
 
-void interpolate_weights_grad_coeff_cpu(const InterpolateWeightsGradCoeffParams& p) {
+namespace {
+
+void grad_coeff_cpu(const InterpolateWeightsBackwardParams& p) {
   dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
@@ -51,10 +53,19 @@ void interpolate_weights_grad_coeff_cpu(const InterpolateWeightsGradCoeffParams&
       for (int64_t k = 0; k < K; ++k) {
         A sum = 0;
         for (int64_t part = 0; part < parts; ++part) sum += partial[(b * parts + part) * K + k];
-        *p.out.at<A>(b, k) = sum;
+        static_cast<A*>(p.grad_coeff)[b * K + k] = sum;
       }
     }
   });
+}
+
+}  // namespace
+
+void interpolate_weights_backward_cpu(const InterpolateWeightsBackwardParams& p) {
+  grad_coeff_cpu(p);
+  if (!p.grad_basis) return;
+  const View transposed{p.coeff.data, {p.coeff.stride[1], p.coeff.stride[0], 0}};
+  interpolate_weights_cpu({p.dtype, p.num_basis, p.batch, p.length, transposed, p.grad, p.grad_basis});
 }
 
 }  // namespace neuromod

@@ -32,6 +32,12 @@ Tensor manifold_metric(const Tensor& coeff, const std::optional<Tensor>& weight)
   p.coeff = view(coeff);
   if (weight) p.weight = view(*weight);
   p.out = mutable_view(out);
+  Tensor workspace;
+  if (runs_cuda_kernels(coeff.device()) && manifold_metric_parts(p.count) > 1) {
+    workspace =
+        at::empty({manifold_metric_parts(p.count), p.num_basis, p.num_basis}, coeff.options().dtype(at::kDouble));
+    p.workspace = workspace.mutable_data_ptr<double>();
+  }
   run(op, coeff.device(), NEUROMOD_KERNEL(manifold_metric), p);
   return out;
 }
