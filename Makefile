@@ -17,7 +17,7 @@ EXTRAS := dev
 endif
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-full bench lint clean
+.PHONY: build demo test test-full bench kernels lint clean
 
 $(VENV)/.tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "neuromod_ext: expected Python >= 3.10, found " + sys.version.split()[0] + "; set PYTHON")'
@@ -44,6 +44,10 @@ demo: build
 
 bench: build
 	@$(PY) -m benchmarks.speed $(ARGS)
+
+# What each CUDA kernel takes of a GPU, as nvcc tells; needs none.
+kernels: build
+	@$(PY) -m benchmarks.kernels
 
 test: build
 	@$(PY) -m pytest -m "not full" $(ARGS)
