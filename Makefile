@@ -1,4 +1,4 @@
-# Everything from a fresh clone: make, make demo, make test, make bench. Needs python3 (>= 3.10), a C++ compiler and
+# Everything from a fresh clone: make, make demo, make test, make bench, make gpu. Needs python3 (>= 3.10), a C++ compiler and
 # make; nvcc is optional. SYSTEM_TORCH=1 builds on the interpreter's own torch (>= 2.11), and needs no network if
 # packages are there. ARGS="…" is passed on to what demo, test and bench run.
 PYTHON ?= python3
@@ -17,11 +17,13 @@ EXTRAS := dev
 endif
 
 .DEFAULT_GOAL := build
-.PHONY: build demo test test-full bench kernels lint clean
+.PHONY: build demo test test-full bench kernels gpu gpu-here lint clean
 
 $(VENV)/.tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "neuromod_ext: expected Python >= 3.10, found " + sys.version.split()[0] + "; set PYTHON")'
 	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@[ -z "$(SYSTEM_TORCH)" ] || $(PYTHON) -c 'import site; print(*site.getsitepackages(), sep="\n")' \
+	  > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system.pth  # $(PYTHON) may be a venv's, too
 	@if $(PY) -c 'import torch' 2>/dev/null; then :; \
 	elif [ -n "$(SYSTEM_TORCH)" ]; then \
 	  echo "neuromod_ext: SYSTEM_TORCH=1, but $(PYTHON) has no torch; install torch >= 2.11 for it" >&2; exit 1; \
@@ -49,11 +51,18 @@ bench: build
 kernels: build
 	@$(PY) -m benchmarks.kernels
 
+# All that needs a GPU, in stages; STAGE=tests (sanitize, stress, bench) for one. With SYSTEM_TORCH=1 nothing is fetched.
+gpu: gpu-here $(if $(SYSTEM_TORCH),$(VENV)/.tools,build)
+	@$(PY) -m benchmarks.gpu $(STAGE) $(ARGS)
+
+gpu-here:
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "neuromod_ext: make gpu needs a CUDA GPU, and nvidia-smi finds none here" >&2; exit 1; }
+
 test: build
-	@$(PY) -m pytest -m "not full" $(ARGS)
+	@$(PY) -m pytest -m "not full and not gpu" $(ARGS)
 
 test-full: build
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -m "not gpu" $(ARGS)
 
 lint: build
 	@$(PY) -m ruff check .

@@ -66,13 +66,13 @@ def linear(x: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None = None) 
 
 def local_index(coeff: Tensor) -> Tensor:
     """Where each sample's coefficients begin: before the first basis point, and on."""
-    return 2 * torch.arange(coeff.shape[0]) - 3
+    return 2 * torch.arange(coeff.shape[0], device=coeff.device) - 3
 
 
 def local_linear(x: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None = None) -> Tensor:
     """The coefficients that are not given are 0."""
     K = basis.shape[0]
-    at = (local_index(coeff)[:, None] + torch.arange(coeff.shape[1])) % K
+    at = (local_index(coeff)[:, None] + torch.arange(coeff.shape[1], device=coeff.device)) % K
     columns = [(coeff * (at == k)).sum(1) for k in range(K)]
     return linear(x, basis, torch.stack(columns, 1), bias)
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from benchmarks.papers.report import Failure, progress
 from benchmarks.speed import figure, report
+from benchmarks.speed.harness import card
 from benchmarks.speed.measure import Options
 from benchmarks.speed.results import Json, Results, read
 from benchmarks.speed.runner import BENCHES, DTYPES, Plan, run
@@ -58,7 +59,8 @@ class Speed:
         """Measure all cases, print the table, write the JSON and the figure; the exit status."""
         plan = self._plan()
         groups = plan.groups()
-        kind = f"{'quick-' if self.quick else ''}{self.device}"
+        where = self.device if self.device == "cpu" else f"cuda-{card()}"
+        kind = f"{'quick-' if self.quick else ''}{where}"
         options = asdict(plan.options) | {"quick": self.quick}
         folder = _folder(self.output or (Path("figures") if self.quick else RESULTS))
         results = Results(folder / f"speed-{kind}.json", plan.device, options, self.fresh)

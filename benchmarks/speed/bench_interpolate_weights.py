@@ -29,10 +29,13 @@ def interpolate_weights(dtype: torch.dtype, quick: bool) -> Iterator[Group]:
     """W_b = Σ_k c_bk P_k."""
     for B, I, O, K in [(4, 8, 12, 3)] if quick else SHAPES:
         shape = {"B": B, "I": I, "O": O, "K": K}
-        yield Group("interpolate_weights", shape, dtype, both(), partial(_build, B, I, O, K, dtype))
+        yield Group(
+            "interpolate_weights", shape, dtype, both(), partial(problem, B, I, O, K, dtype)
+        )
 
 
-def _build(B: int, I: int, O: int, K: int, dtype: torch.dtype, device: torch.device) -> Problem:
+def problem(B: int, I: int, O: int, K: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    """B weights of K basis points."""
     draw = Draw(dtype, device)
     operands = {"basis": draw.normal(K, O, I), "coeff": draw.coeff(B, K)}
     grad_output = draw.normal(B, O, I)

@@ -44,11 +44,11 @@ def manifold_conv(dtype: torch.dtype, quick: bool) -> Iterator[Group]:
     shapes = {(4, 3, 8, 7, 3, 2, 1): both()} if quick else SHAPES
     for sizes, goals in shapes.items():
         shape = dict(zip(("B", "C", "O", "H", "k", "stride", "pad"), sizes, strict=True))
-        build = partial(_build, *sizes, dtype)
+        build = partial(problem, *sizes, dtype)
         yield Group("manifold_conv", shape | {"K": NUM_BASIS}, dtype, goals, build)
 
 
-def _build(
+def problem(
     B: int,
     C: int,
     O: int,
@@ -59,6 +59,7 @@ def _build(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Problem:
+    """A convolution whose kernels K basis points span."""
     draw = Draw(dtype, device)
     operands = {
         "input": draw.normal(B, C, H, H),

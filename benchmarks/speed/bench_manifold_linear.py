@@ -56,27 +56,27 @@ def manifold_linear(dtype: torch.dtype, quick: bool) -> Iterator[Group]:
     if quick:
         shapes = {(8, 16, 24, 3): both(), (7, 33, 65, 5): both()}
     for B, I, O, K in shapes:
-        yield _group("manifold_linear", (B, None, I, O, K), dtype, shapes[B, I, O, K])
+        yield group("manifold_linear", (B, None, I, O, K), dtype, shapes[B, I, O, K])
         if (B, I, O, K) in goals or (quick and B == 8):
-            yield _group("manifold_linear", (B, None, I, O, K), dtype, shapes[B, I, O, K], FIXED)
+            yield group("manifold_linear", (B, None, I, O, K), dtype, shapes[B, I, O, K], FIXED)
 
 
 def tokens(dtype: torch.dtype, quick: bool) -> Iterator[Group]:
     """The T tokens of a sample share its condition."""
     if quick:
-        yield _group("tokens", (4, 5, 16, 24, 3), dtype, both())
+        yield group("tokens", (4, 5, 16, 24, 3), dtype, both())
         return
     for (B, T), goals in TOKENS.items():
         for gradients in (ALL, FIXED):
-            yield _group("tokens", (B, T, 512, 512, 3), dtype, goals, gradients)
-    yield _group("tokens", (8, 16, 512, 512, 3), dtype, both())
+            yield group("tokens", (B, T, 512, 512, 3), dtype, goals, gradients)
+    yield group("tokens", (8, 16, 512, 512, 3), dtype, both())
 
 
 def one_condition(dtype: torch.dtype, quick: bool) -> Iterator[Group]:
     """One condition for the whole batch."""
     goals = both(2.0 if dtype == torch.float32 else 1.3)
     for B, I, O, K in [(8, 16, 24, 3)] if quick else ONE:
-        yield _group("one_condition", (B, None, I, O, K), dtype, both() if quick else goals)
+        yield group("one_condition", (B, None, I, O, K), dtype, both() if quick else goals)
 
 
 def linear_work(
@@ -103,13 +103,14 @@ def linear_work(
     return {FORWARD: Work(forward, moved, product), BACKWARD: backward}
 
 
-def _group(
+def group(
     bench: str,
     sizes: tuple[int, int | None, int, int, int],
     dtype: torch.dtype,
     goals: Goals,
     gradients: tuple[str, ...] = ALL,
 ) -> Group:
+    """The cases of B, T (None for no tokens), I, O and K."""
     shape = {n: size for n, size in zip("BTIOK", sizes, strict=True) if size is not None}
     fixed = gradients == FIXED
     return Group(

@@ -28,11 +28,12 @@ def manifold_metric(dtype: torch.dtype, quick: bool) -> Iterator[Group]:
     """G = Σ_n c_n c_nᵀ / N; coefficients are never in half precision."""
     if dtype == torch.float32:
         for N, K in [(16, 3)] if quick else SHAPES:
-            shape, build = {"N": N, "K": K}, partial(_build, N, K)
+            shape, build = {"N": N, "K": K}, partial(problem, N, K)
             yield Group("manifold_metric", shape, dtype, both(), build)
 
 
-def _build(N: int, K: int, device: torch.device) -> Problem:
+def problem(N: int, K: int, device: torch.device) -> Problem:
+    """N conditions of K coefficients."""
     draw = Draw(torch.float32, device)
     operands = {"coeff": draw.coeff(N, K)}
     grad_output = draw.coeff(K, K)

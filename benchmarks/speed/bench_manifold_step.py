@@ -33,12 +33,13 @@ def manifold_step(dtype: torch.dtype, quick: bool) -> Iterator[Group]:
         for metric in (True, False):
             goal = 2.0 if metric and not quick else GOAL
             note = "" if metric else "no metric"
-            build = partial(_build, size, metric, dtype)
+            build = partial(problem, size, metric, dtype)
             shape = {"K": 3, "n": size}
             yield Group("manifold_step", shape, dtype, {FORWARD: goal}, build, note)
 
 
-def _build(size: int, metric: bool, dtype: torch.dtype, device: torch.device) -> Problem:
+def problem(size: int, metric: bool, dtype: torch.dtype, device: torch.device) -> Problem:
+    """K basis points of ``size`` numbers each."""
     draw, K = Draw(dtype, device), 3
     operands = {
         "param": draw.normal(K, size),

@@ -1,0 +1,210 @@
+"""What only a GPU can show: ``make gpu STAGE=stress``. Races, graphs, streams, leaks, huge tensors.
+
+That results are right, and all that operands may be, is tested by the other files on the backend
+``cuda``, which joins where there is a GPU.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from bounds import check
+from compositions import ALL, CENTRAL, Composition
+from entry import Call
+from op_entries import OPS
+from sampling import Draw, wide
+from test_gradients import leaves, verify
+from test_opcheck import ALL_FOUR, leaf
+from torch import Tensor
+
+from neuromod_ext import _ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
+]
+every_op = pytest.mark.parametrize("name", _ops.NAMES)
+every_composition = pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
+
+
+def large(name: str, dtype: torch.dtype = torch.float32) -> Call:
+    return OPS[name].large(Draw(f"gpu/{name}", dtype, "cuda"))
+
+
+def results(name: str, call: Call) -> list[Tensor]:
+    """Of one call, which changes nothing of ``call``."""
+    return OPS[name].run(_ops.OPS[name], call.map(torch.clone) if OPS[name].mutates else call)
+
+
+def differs(first: list[Tensor], second: list[Tensor]) -> Tensor:
+    """Whether a bit differs, known to the device alone: nothing waits for it."""
+    return torch.stack([(a != b).any() for a, b in zip(first, second, strict=True)]).any()
+
+
+@every_op
+def test_races(name: str) -> None:
+    """250 repeats, all dtypes, with nothing between them that would wait."""
+    for dtype in OPS[name].dtypes:
+        call = large(name, dtype)
+        first = results(name, call)
+        wrong = torch.zeros((), dtype=torch.bool, device="cuda")
+        for _ in range(250):
+            wrong |= differs(first, results(name, call))
+        assert not wrong.item(), dtype
+        assert all(t.isfinite().all() for t in first)
+
+
+@every_op
+def test_graph(name: str) -> None:
+    """100 replays of a captured call, whose operands change between them."""
+    op, call = OPS[name], large(name)
+    captured, eager = call.map(torch.clone), call.map(torch.clone)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        op.run(_ops.OPS[name], call)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = op.run(_ops.OPS[name], captured)
+    for i in range(100):
+        graph.replay()
+        want = op.run(_ops.OPS[name], eager)
+        assert not differs(got, want).item(), i
+        for a, b in zip(captured.tensors, eager.tensors, strict=True):
+            if a is not None and a.is_floating_point():
+                a.mul_(-0.9375), b.mul_(-0.9375)
+
+
+@every_op
+def test_streams(name: str) -> None:
+    """1,000 calls on each of two side streams, in turns, each with operands of its own."""
+    calls = [large(name), OPS[name].large(Draw(f"gpu/other/{name}", torch.float32, "cuda"))]
+    first = [results(name, call) for call in calls]
+    wrong = [torch.zeros((), dtype=torch.bool, device="cuda") for _ in calls]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    for _ in range(1000):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                wrong[i] |= differs(first[i], results(name, calls[i]))
+    torch.cuda.synchronize()
+    assert not any(w.item() for w in wrong)
+
+
+@every_composition
+def test_nothing_is_kept(entry: Composition) -> None:
+    """What is allocated after 1,000 forward and backward passes is what was before."""
+    inputs = leaves(entry.make(Draw(f"gpu/{entry.id}", device="cuda"), 3))
+
+    def once() -> None:
+        torch.autograd.grad(entry.call(*inputs).sum(), inputs, allow_unused=True)
+
+    for _ in range(3):
+        once()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(1000):
+        once()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+@every_composition
+def test_derivatives(entry: Composition) -> None:
+    verify(entry.call, leaves(entry.make(Draw(f"gpu/{entry.id}", device="cuda"), 2)))
+
+
+@pytest.mark.parametrize("entry", [e for e in ALL if e.id in CENTRAL], ids=lambda e: e.id)
+def test_compile(entry: Composition) -> None:
+    """Forward and backward, without a break of the graph."""
+    inputs = leaves(entry.make(Draw(f"gpu/{entry.id}", device="cuda"), 3))
+    backend = "inductor" if entry.id == "ManifoldLinear-ellipse" else "aot_eager"  # which is quick
+    compiled = torch.compile(entry.call, fullgraph=True, backend=backend)
+
+    def both(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        out = function(*inputs)
+        return out, *torch.autograd.grad(out.sin().sum(), inputs)
+
+    for got, want in zip(both(compiled), both(entry.call), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@every_op
+def test_opcheck(name: str) -> None:
+    op = OPS[name]
+    call = op.draw(Draw(f"gpu/opcheck/{name}", op.dtypes[0], "cuda"), 2_000)
+    tensors = [t if t is None else leaf(t, op.differentiable) for t in call.tensors]
+    torch.library.opcheck(_ops.OPS[name], tuple(tensors), call.others, test_utils=ALL_FOUR)
+
+
+# More than 2^31 elements
+
+SUBSCRIPTS = {
+    "manifold_linear": (("bi", "koi", "bk"), "bo"),
+    "manifold_linear_grad_input": (("bo", "koi", "bk"), "bi"),
+    "manifold_linear_grad_basis": (("bo", "bi", "bk"), "koi"),
+    "manifold_linear_grad_coeff": (("bo", "bi", "koi"), "bk"),
+    "manifold_linear_update_": (("koi", "bo", "bi", "bk"), "koi"),
+    "interpolate_weights": (("kn", "bk"), "bn"),
+    "interpolate_weights_grad_basis": (("bn", "bk"), "kn"),
+    "interpolate_weights_grad_coeff": (("bn", "kn"), "bk"),
+    "manifold_step_": (("kn", "kn", "kn", "kk"), "kn"),
+    "manifold_metric": (("nk", "n"), "kk"),
+}
+WIDE_INPUT = {"b": 2**21 + 1, "i": 1024, "o": 8, "k": 2}
+WIDE_OUTPUT = {"b": 2**21 + 1, "i": 8, "o": 1024, "k": 2}
+WIDE_BASIS = {"b": 3, "i": 2**15, "o": 2**15 + 1, "k": 2}
+WIDE_COEFF = {"b": 2**30 + 1, "i": 1, "o": 1, "k": 2}
+COLUMNS = {"b": 2, "n": 2**30 + 3, "k": 2}
+HUGE = [
+    *[(name, WIDE_INPUT, "b") for name in SUBSCRIPTS if name.startswith("manifold_linear")],
+    *[(name, WIDE_OUTPUT, "b") for name in SUBSCRIPTS if name.startswith("manifold_linear")],
+    *[(name, WIDE_BASIS, "o") for name in SUBSCRIPTS if name.startswith("manifold_linear")],
+    ("manifold_linear", WIDE_COEFF, "b"),
+    ("manifold_linear_grad_coeff", WIDE_COEFF, "b"),
+    *[(name, COLUMNS, "n") for name in SUBSCRIPTS if not name.startswith("manifold_linear")],
+]
+
+
+def chosen(size: int) -> Tensor:
+    """Some positions, the first and the last among them."""
+    some = torch.randint(size, (60,), generator=torch.Generator().manual_seed(0))
+    return torch.cat([some, torch.tensor([0, size - 2, size - 1])]).unique().cuda()
+
+
+def part(t: Tensor, letters: str, letter: str, at: Tensor) -> Tensor:
+    for dim, name in enumerate(letters):
+        t = t.index_select(dim, at) if name == letter else t
+    return t.contiguous()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "letter"),
+    HUGE,
+    ids=[f"{name}-{'-'.join(map(str, sizes.values()))}" for name, sizes, _ in HUGE],
+)
+def test_huge(name: str, sizes: dict[str, int], letter: str) -> None:
+    """Compared where chosen; where the letter is summed over, all else is 0."""
+    op, (roles, result) = OPS[name], SUBSCRIPTS[name]
+    numel = [torch.Size(sizes[s] for s in letters).numel() for letters in (*roles, result)]
+    needed = 9 * max(numel) + 3 * sum(numel)
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB")
+    assert max(numel) > 2**31 - 2**22 or name == "manifold_step_"
+    at, dtype = chosen(sizes[letter]), torch.bfloat16 if "metric" not in name else torch.float32
+    tensors = []
+    for letters in roles:
+        kind = wide(dtype) if letters in ("bk", "kk", "nk", "n") else dtype
+        t = torch.randn([sizes[s] for s in letters], dtype=kind, device="cuda")
+        first = letter in letters and letter not in "".join(roles[: len(tensors)])
+        if first and letter not in result:
+            few = part(t, letters, letter, at)
+            t.zero_().index_copy_(letters.index(letter), at, few)
+        tensors.append(t)
+    numbers = {"lr": 0.1, "momentum": 0.9} if name == "manifold_step_" else {}
+    call = Call(tensors, numbers)
+    small = Call([part(t, s, letter, at) for t, s in zip(tensors, roles, strict=True)], numbers)
+    want = op.expected(small)
+    for got, expected in zip(op.run(_ops.OPS[name], call), want, strict=True):
+        check(part(got, result, letter, at), expected, name)
