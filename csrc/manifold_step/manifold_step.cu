@@ -18,7 +18,7 @@ template <class T, class Acc>
 __global__ void __launch_bounds__(kColumnThreads, 3) manifold_step_kernel(ManifoldStepParams p, bool aligned) {
   constexpr int kSize = Pack<T>::size;
   const ManifoldStepRule<Acc> rule(p);
-  const bool kept = p.buffer && !p.first_step;  // before the first step the buffer holds nothing
+  const bool reads_buffer = p.buffer && !p.first_step;  // before the first step the buffer holds nothing
   const int64_t tiles = ceil_div(p.length, tile_columns<T>());
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const Columns<T> columns(tile, p.length);
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kColumnThreads, 3) manifold_step_kernel(Manifo
         for (int r = 0; r < kRows; ++r) {
           const int64_t count = row + r < p.num_basis ? columns.count : 0;
           param[r] = load_pack<whole.value>(p.param.at<const T>(row + r, columns.first), count);
-          buffer[r] =
-              load_pack<whole.value>(kept ? p.buffer.at<const T>(row + r, columns.first) : nullptr, kept ? count : 0);
+          buffer[r] = load_pack<whole.value>(reads_buffer ? p.buffer.at<const T>(row + r, columns.first) : nullptr,
+                                             reads_buffer ? count : 0);
           if (!p.metric_inverse) {
             const Pack<T> grad = load_pack<whole.value>(p.grad.at<const T>(row + r, columns.first), count);
 #pragma unroll
@@ -43,16 +43,20 @@ __global__ void __launch_bounds__(kColumnThreads, 3) manifold_step_kernel(Manifo
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           if (row + r >= p.num_basis) continue;
-          Acc m[kSize];
+          Acc new_buffer[kSize];
 #pragma unroll
           for (int v = 0; v < kSize; ++v) {
-            Acc value = to_acc<Acc>(param[r].at[v]);
-            m[v] = to_acc<Acc>(buffer[r].at[v]);
-            rule.apply(d[r][v], value, p.buffer ? &m[v] : nullptr);
+            Acc value = to_acc<Acc>(param[r].at[v]), m = to_acc<Acc>(buffer[r].at[v]);
+            if (p.buffer) {
+              rule.apply(d[r][v], value, &m);
+            } else {
+              rule.apply(d[r][v], value, nullptr);
+            }
             d[r][v] = value;
+            new_buffer[v] = m;  // an array whose address is taken would leave the registers
           }
           store_pack<whole.value>(p.param.at<T>(row + r, columns.first), d[r], columns.count);
-          if (p.buffer) store_pack<whole.value>(p.buffer.at<T>(row + r, columns.first), m, columns.count);
+          if (p.buffer) store_pack<whole.value>(p.buffer.at<T>(row + r, columns.first), new_buffer, columns.count);
         }
       }
     });
