@@ -141,6 +141,7 @@ def main() -> int:
         ]
     names = short_names(sorted({usage.kernel for usage in found}))
     found = [replace(usage, kernel=names[usage.kernel]) for usage in found]
+    found = list({(u.kernel, u.arch): u for u in found}.values())  # some stand in several files
     found.sort(key=lambda usage: (usage.kernel, ARCHITECTURES.index(usage.arch)))
     width = max(len(usage.kernel) for usage in found) + 60
     Console(width=max(Console().width, width)).print(table(found))

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,14 +96,18 @@ def run_stage(stage: Stage, limit: float, log: Path) -> Json:
             )
         processes.append((process, path))
     statuses = []
-    for process, _ in processes:
-        try:
+    try:
+        for process, _ in processes:
             left = max(0.0, limit - (time.monotonic() - start))
-            statuses.append("passed" if process.wait(left) == 0 else "failed")
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # its children too: this group is its own
-            process.wait()
-            statuses.append("timed out")
+            try:
+                statuses.append("passed" if process.wait(left) == 0 else "failed")
+            except subprocess.TimeoutExpired:
+                statuses.append("timed out")
+    finally:  # an interrupt, too, ends what was begun
+        for process, _ in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its children too: the group is its own
+                process.wait()
     worst = next((s for s in ("timed out", "failed") if s in statuses), "passed")
     said = [anywhere(path.read_text(errors="replace")).splitlines() for _, path in processes]
     return {

@@ -39,9 +39,13 @@ def problem(B: int, I: int, O: int, K: int, dtype: torch.dtype, device: torch.de
     draw = Draw(dtype, device)
     operands = {"basis": draw.normal(K, O, I), "coeff": draw.coeff(B, K)}
     grad_output = draw.normal(B, O, I)
-    size, moved = O * I, operands["basis"].element_size() * (B + K) * O * I
-    # A product of so little depth is bound by memory: its operations set no limit.
-    work = {FORWARD: Work(2 * B * K * size, moved), BACKWARD: Work(6 * B * K * size, 3 * moved)}
+    size, each = O * I, operands["basis"].element_size() * O * I
+    # A product of so little depth is bound by memory: its operations set no limit. Backward reads g
+    # and P once more and writes dP.
+    work = {
+        FORWARD: Work(2 * B * K * size, (B + K) * each),
+        BACKWARD: Work(6 * B * K * size, (2 * B + 3 * K) * each),
+    }
     return Problem(
         operands,
         [
