@@ -1,0 +1,250 @@
+// dP and dc of manifold_linear for samples of many tokens, on tensor cores, from one product for each sample:
+//
+//   G_b[o,i] = sum_t g[b,t,o] x[b,t,i]
+//   dP[k,o,i] = (accumulate ? dP[k,o,i] : 0) + sum_b c[b,k] G_b[o,i]       dc[b,k] = sum_(o,i) G_b[o,i] P[k,o,i] + ...
+//
+// Grid: x tiles of (o, i) (TileIndex) for each group of kGroup basis points, y splits of the samples. A block walks its
+// samples' tokens in slices, kStages - 1 on their way by cp.async; G_b stays in registers and is spread, in float32, to
+// the group's dP, in registers too, and multiplied with the group's tiles of P, which wait in shared memory.
+// Reads: g and x once a tile and group, P once; writes dP once, rounded once, or with splits partial sums [splits, K,
+// O, partial_cols(I)] for manifold_linear_sum_splits; dots [tiles, B, L] once. No atomics: samples in order. Cost: 2 B
+// T O I ceil(K / kGroup) flop and 4 B K O I; (B T (O + I) + 2 K O I) 2 bytes at least. Error: T + B + splits roundings
+// of float32 for dP and that of the result; T, and the sum over O I in parts, for dc. Oracle: manifold_linear.cu.
+// Floor, predicted and not measured, on an H100: as manifold_linear_fold.cu for K <= kGroup, with 12 KB from L2 for 0.5
+// Mflop: B = 64, T = 256, 1024 x 1024: 0.8 GB, 150 us at 5.5 TB/s.
+#include "manifold_linear/manifold_linear_splits.h"
+#include "manifold_linear/manifold_linear_tensor.h"
+
+namespace neuromod {
+namespace {
+
+using OuterShape = ProductShape<kFoldOuterRows, kFoldOuterCols, 4, 2, 4>;
+constexpr int kGroup = kFoldOuterGroup;
+
+struct FoldOuterParams {
+  ManifoldLinearParams p;
+  CudaProduct product;
+  View out;        // [K, O, I], or null
+  float* partial;  // with splits, instead of out
+  float* dots;     // or null
+  bool accumulate;
+  bool output_aligned, input_aligned, basis_aligned;
+};
+
+constexpr int kLeft = OuterShape::kM * OuterShape::kDepth, kRight = OuterShape::kN * OuterShape::kDepth;
+constexpr int kTile = OuterShape::kM * OuterShape::kN;
+constexpr size_t kSharedBytes = 2 * (OuterShape::kStages * (kLeft + kRight) + kGroup * kTile);
+
+/// Warps' shares of a sample's dot products; of two samples, since threads that are ahead begin the next one's.
+struct OuterSides {
+  float dots[2][kGroup][OuterShape::kThreads / 32];
+};
+
+/// The work of one block.
+template <class T>
+class FoldOuter {
+ public:
+  using Sums = ProductSums<OuterShape>;
+
+  __device__ __forceinline__ FoldOuter(const FoldOuterParams& q, OuterSides& sides, T* shared)
+      : q_(q),
+        sides_(sides),
+        left_(shared),
+        right_(shared + OuterShape::kStages * kLeft),
+        basis_(shared + OuterShape::kStages * (kLeft + kRight)),
+        slices_(ceil_div(q.p.tokens, OuterShape::kDepth)) {
+    const int64_t tiles = q.product.tiles_down * q.product.tiles_across;
+    tile_ = blockIdx.x % tiles;
+    const TileIndex tile = TileIndex::of(tile_, q.product.tiles_down, q.product.tiles_across);
+    first_k_ = blockIdx.x / tiles * kGroup;
+    row_ = tile.down * OuterShape::kM;
+    col_ = tile.across * OuterShape::kN;
+    begin_ = q.p.batch * blockIdx.y / gridDim.y;
+    end_ = q.p.batch * (blockIdx.y + 1) / gridDim.y;
+  }
+
+  __device__ __forceinline__ void run() {
+    fetched_sample_ = begin_;
+    if (q_.dots) fetch_basis();
+    for (int stage = 0; stage < OuterShape::kStages - 1; ++stage) fetch(stage);
+    Sums outer, sums[kGroup];
+    outer.clear();
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) sums[j].clear();
+    int stage = 0;
+    for (int64_t b = begin_; b < end_; ++b) {
+      for (int64_t slice = 0; slice < slices_; ++slice) {
+        copy_async_wait<OuterShape::kStages - 2>();
+        __syncthreads();
+        fetch(stage == 0 ? OuterShape::kStages - 1 : stage - 1);
+        if (q_.dots && slice == 0 && b != begin_) flush_dots(b - 1);
+        outer.template add<false, false>(left_ + stage * kLeft, right_ + stage * kRight, [](auto&, int) {});
+        stage = stage + 1 == OuterShape::kStages ? 0 : stage + 1;
+      }
+      mask(outer);
+      if (q_.dots) dot(b, outer);
+      if (q_.out) spread(b, outer, sums);
+      outer.clear();
+    }
+    if (q_.dots) {
+      __syncthreads();
+      flush_dots(end_ - 1);
+    }
+    if (!q_.out) return;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j)
+      if (first_k_ + j < q_.p.num_basis) store(first_k_ + j, sums[j]);
+  }
+
+ private:
+  /// Starts the copies of the next slice of tokens, if there is one; a group in any case.
+  __device__ __forceinline__ void fetch(int stage) {
+    if (fetched_sample_ < end_) {
+      const ManifoldLinearParams& p = q_.p;
+      const auto all = [](int) { return true; };
+      const int64_t t = fetched_slice_ * OuterShape::kDepth, row = fetched_sample_ * p.tokens + t;
+      const Part<T> left{p.output.template at<T>(row, row_), p.output.stride[0], p.tokens - t, p.out_features - row_,
+                         q_.output_aligned};
+      const Part<T> right{p.input.template at<T>(row, col_), p.input.stride[0], p.tokens - t, p.in_features - col_,
+                          q_.input_aligned};
+      fetch_tile<OuterShape::kDepth, OuterShape::kM, OuterShape::kThreads>(left_ + stage * kLeft, left, all);
+      fetch_tile<OuterShape::kDepth, OuterShape::kN, OuterShape::kThreads>(right_ + stage * kRight, right, all);
+      if (++fetched_slice_ == slices_) ++fetched_sample_, fetched_slice_ = 0;
+    }
+    copy_async_commit();
+  }
+
+  /// The group's tiles of P, with the first slice's group of copies.
+  __device__ __forceinline__ void fetch_basis() {
+    for (int j = 0; j < kGroup && first_k_ + j < q_.p.num_basis; ++j) {
+      const Part<T> part{q_.p.basis.template at<T>(first_k_ + j, row_, col_), q_.p.basis.stride[1],
+                         q_.p.out_features - row_, q_.p.in_features - col_, q_.basis_aligned};
+      fetch_tile<OuterShape::kM, OuterShape::kN, OuterShape::kThreads>(basis_ + j * kTile, part,
+                                                                       [](int) { return true; });
+    }
+  }
+
+  /// Zeros where the tile reaches beyond G: an infinity times the padding may stand there.
+  __device__ __forceinline__ void mask(Sums& outer) const {
+#pragma unroll
+    for (int i = 0; i < outer.kRowParts; ++i) {
+#pragma unroll
+      for (int j = 0; j < outer.kColParts; ++j) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const bool inside =
+              row_ + outer.row(i, r / 2) < q_.p.out_features && col_ + outer.col(j) + r % 2 < q_.p.in_features;
+          outer.at[i][j][r] = inside ? outer.at[i][j][r] : 0.0f;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void dot(int64_t b, const Sums& outer) const {
+    for (int g = 0; g < kGroup && first_k_ + g < q_.p.num_basis; ++g) {
+      float total = 0;
+#pragma unroll
+      for (int i = 0; i < outer.kRowParts; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+          for (int j = 0; j < outer.kColParts; ++j) {
+            const int col = outer.col(j);
+            const T* const pair =
+                basis_ + g * kTile + swizzled<OuterShape::kN>(outer.row(i, h), col / kChunk * kChunk) + col % kChunk;
+            const float2 point = widen_pair<T>(*reinterpret_cast<const uint32_t*>(pair));
+            total += outer.at[i][j][2 * h] * point.x;
+            total += outer.at[i][j][2 * h + 1] * point.y;
+          }
+        }
+      }
+      total = warp_sum(total);
+      if (threadIdx.x % 32 == 0) sides_.dots[b % 2][g][threadIdx.x / 32] = total;
+    }
+  }
+
+  __device__ __forceinline__ void flush_dots(int64_t b) const {
+    const int64_t k = first_k_ + threadIdx.x;
+    if (threadIdx.x >= kGroup || k >= q_.p.num_basis) return;
+    const int64_t l = q_.p.entry(b, k);
+    if (l >= q_.p.num_local) return;
+    float total = 0;
+    for (int warp = 0; warp < OuterShape::kThreads / 32; ++warp) total += sides_.dots[b % 2][threadIdx.x][warp];
+    q_.dots[(tile_ * q_.p.batch + b) * q_.p.num_local + l] = total;
+  }
+
+  /// dP_k += c_k G of those basis points that act on the sample.
+  __device__ __forceinline__ void spread(int64_t b, const Sums& outer, Sums (&sums)[kGroup]) const {
+    const int64_t first = q_.p.first_basis(b);
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      const int64_t l = first_k_ + g < q_.p.num_basis ? q_.p.entry_from(first, first_k_ + g) : q_.p.num_local;
+      if (l >= q_.p.num_local) continue;
+      const float c = *q_.p.coeff.template at<float>(b, l);
+#pragma unroll
+      for (int i = 0; i < outer.kRowParts; ++i)
+#pragma unroll
+        for (int j = 0; j < outer.kColParts; ++j)
+#pragma unroll
+          for (int r = 0; r < 4; ++r) sums[g].at[i][j][r] += c * outer.at[i][j][r];
+    }
+  }
+
+  __device__ __forceinline__ void store(int64_t k, const Sums& sum) const {
+    const OuterStore<T> to{q_.out, q_.partial, q_.accumulate, q_.p.num_basis, q_.p.out_features, q_.p.in_features};
+#pragma unroll
+    for (int i = 0; i < sum.kRowParts; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int j = 0; j < sum.kColParts; ++j)
+          to.pair(k, row_ + sum.row(i, h), col_ + sum.col(j), sum.at[i][j][2 * h], sum.at[i][j][2 * h + 1]);
+  }
+
+  const FoldOuterParams& q_;
+  OuterSides& sides_;
+  T *left_, *right_, *basis_;
+  int64_t slices_, tile_, first_k_, row_, col_, begin_, end_;  // begin_ and end_: the block's samples
+  int64_t fetched_sample_ = 0, fetched_slice_ = 0;             // the next slice to fetch
+};
+
+template <class T>
+__global__ void __launch_bounds__(OuterShape::kThreads)
+    manifold_linear_fold_outer_kernel(const __grid_constant__ FoldOuterParams q) {
+  NEUROMOD_DYNAMIC_SHARED(T, shared);
+  __shared__ OuterSides sides;
+  FoldOuter<T>(q, sides, shared).run();
+}
+
+}  // namespace
+
+int launch_fold_outer(const ManifoldLinearBackwardParams& q, stream_t stream) {
+  const ManifoldLinearParams& p = q.p;
+  FoldOuterParams outer{};
+  outer.p = p;
+  outer.product = cuda_fold_outer(p);
+  outer.out = q.grad_basis;
+  outer.accumulate = q.accumulate;
+  if (outer.product.splits > 1) outer.partial = static_cast<float*>(p.workspace);
+  if (q.grad_coeff) outer.dots = static_cast<float*>(cuda_dots_begin(q));
+  outer.output_aligned = rows_are_aligned(p.output, 2, 2);
+  outer.input_aligned = rows_are_aligned(p.input, 2, 2);
+  outer.basis_aligned = rows_are_aligned(p.basis, 3, 2);
+  const int64_t tiles = outer.product.tiles_down * outer.product.tiles_across;
+  const dim3 grid(static_cast<unsigned>(tiles * ceil_div(p.num_basis, kGroup)),
+                  static_cast<unsigned>(outer.product.splits));
+  dispatch_half(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    NEUROMOD_LAUNCH(manifold_linear_fold_outer_kernel<T>, grid, dim3(OuterShape::kThreads), kSharedBytes, stream,
+                    outer);
+  });
+  if (const int status = launch_status()) return status;
+  if (q.grad_basis && outer.partial) {
+    const int status = launch_sum_splits(p.dtype, outer.partial, outer.product.splits, q.grad_basis, p.num_basis,
+                                         p.out_features, p.in_features, q.accumulate, stream);
+    if (status != 0) return status;
+  }
+  return q.grad_coeff ? launch_grad_coeff_sum(q, stream) : 0;
+}
+
+}  // namespace neuromod

@@ -1,0 +1,221 @@
+// The gradients of manifold_linear on tensor cores: dx and dc by the kernel of manifold_linear_mix.h, and
+//
+//   dP[k,o,i] = (accumulate ? dP[k,o,i] : 0) + sum_r c[r,k] g[r,o] x[r,i]
+//
+// a product over the rows for each basis point, whose right operand is x with c multiplied in: in float32, and rounded
+// once, in the fragment. Rows on which k does not act are neither read nor added.
+// Grid: x tiles of dP_k (TileIndex) for each k, y splits of the rows. Reads g and x once a tile and c once a slice,
+// writes dP once, or with splits partial sums [splits, K, O, partial_cols(I)] for manifold_linear_sum_splits. No
+// atomics. Cost: 2 B T K O I flop; (B T (O + I) + K O I) 2 bytes at least. Error: B T + splits roundings of float32,
+// one of c x to the operands' dtype, one of the result. Oracle: manifold_linear.cu. Floor, predicted and not measured,
+// on an H100: as the forward pass.
+#include "manifold_linear/manifold_linear_mix.h"
+#include "manifold_linear/manifold_linear_tensor.h"
+
+namespace neuromod {
+namespace {
+
+struct OuterParams {
+  ManifoldLinearParams p;
+  CudaProduct product;
+  View out;        // [K, O, I]
+  float* partial;  // with splits, instead of out
+  bool accumulate;
+  bool output_aligned, input_aligned;
+};
+
+template <class Shape>
+constexpr size_t outer_shared_bytes() {
+  return 2 * Shape::kStages * (Shape::kM + Shape::kN) * Shape::kDepth;
+}
+
+/// The work of one block.
+template <class T, class Shape>
+class OuterProduct {
+ public:
+  using Coeffs = float[Shape::kStages][Shape::kDepth];
+
+  __device__ __forceinline__ OuterProduct(const OuterParams& q, Coeffs& coeffs, T* shared)
+      : q_(q), coeffs_(coeffs), left_(shared), right_(shared + Shape::kStages * kLeft) {
+    const int64_t tiles = q.product.tiles_down * q.product.tiles_across;
+    const TileIndex tile = TileIndex::of(blockIdx.x % tiles, q.product.tiles_down, q.product.tiles_across);
+    k_ = blockIdx.x / tiles;
+    row_ = tile.down * Shape::kM;
+    col_ = tile.across * Shape::kN;
+    const int64_t total = ceil_div(q.p.rows(), Shape::kDepth), split = blockIdx.y, splits = gridDim.y;
+    begin_ = total * split / splits;
+    end_ = total * (split + 1) / splits;
+  }
+
+  __device__ __forceinline__ void run() {
+    for (int stage = 0; stage < Shape::kStages - 1; ++stage) fetch(begin_ + stage, stage);
+    ProductSums<Shape> sum;
+    sum.clear();
+    int stage = 0;
+    for (int64_t step = begin_; step < end_; ++step) {
+      copy_async_wait<Shape::kStages - 2>();
+      __syncthreads();
+      fetch(step + Shape::kStages - 1, stage == 0 ? Shape::kStages - 1 : stage - 1);
+      const float* const c = coeffs_[stage];
+      sum.template add<false, false>(left_ + stage * kLeft, right_ + stage * kRight,
+                                     [c](uint32_t (&b)[2], int d) { scale(b, c + d); });
+      stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+    }
+    store(sum);
+  }
+
+ private:
+  static constexpr int kLeft = Shape::kM * Shape::kDepth, kRight = Shape::kN * Shape::kDepth;
+
+  __device__ __forceinline__ bool acts(int64_t row) const {
+    return row < q_.p.rows() && q_.p.entry(row / q_.p.tokens, k_) < q_.p.num_local;
+  }
+
+  __device__ __forceinline__ void fetch(int64_t step, int stage) {
+    if (step < end_) {
+      const ManifoldLinearParams& p = q_.p;
+      const int64_t first = step * Shape::kDepth, rows = p.rows() - first;
+      const auto keep = [&](int r) { return !p.index || acts(first + r); };
+      const Part<T> left{p.output.template at<T>(first, row_), p.output.stride[0], rows, p.out_features - row_,
+                         q_.output_aligned};
+      const Part<T> right{p.input.template at<T>(first, col_), p.input.stride[0], rows, p.in_features - col_,
+                          q_.input_aligned};
+      fetch_tile<Shape::kDepth, Shape::kM, Shape::kThreads>(left_ + stage * kLeft, left, keep);
+      fetch_tile<Shape::kDepth, Shape::kN, Shape::kThreads>(right_ + stage * kRight, right, keep);
+      if (threadIdx.x < Shape::kDepth) {
+        const int64_t row = first + threadIdx.x, b = row / p.tokens;
+        coeffs_[stage][threadIdx.x] = acts(row) ? *p.coeff.template at<float>(b, p.entry(b, k_)) : 0.0f;
+      }
+    }
+    copy_async_commit();
+  }
+
+  /// Multiplies the rows of a B fragment by their coefficients.
+  static __device__ __forceinline__ void scale(uint32_t (&b)[2], const float* c) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float2 factor = *reinterpret_cast<const float2*>(c + 8 * r + threadIdx.x % 4 * 2);
+      const float2 x = widen_pair<T>(b[r]);
+      b[r] = round_pair<T>(factor.x * x.x, factor.y * x.y);
+    }
+  }
+
+  __device__ __forceinline__ void store(const ProductSums<Shape>& sum) const {
+    const OuterStore<T> to{q_.out, q_.partial, q_.accumulate, q_.p.num_basis, q_.p.out_features, q_.p.in_features};
+#pragma unroll
+    for (int i = 0; i < sum.kRowParts; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int j = 0; j < sum.kColParts; ++j)
+          to.pair(k_, row_ + sum.row(i, h), col_ + sum.col(j), sum.at[i][j][2 * h], sum.at[i][j][2 * h + 1]);
+  }
+
+  const OuterParams& q_;
+  Coeffs& coeffs_;  // of a stage's rows
+  T *left_, *right_;
+  int64_t k_, row_, col_, begin_, end_;  // the tile of dP_k; the block's share of the slices of rows
+};
+
+template <class T, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads)
+    manifold_linear_grad_basis_tensor_kernel(const __grid_constant__ OuterParams q) {
+  NEUROMOD_DYNAMIC_SHARED(T, shared);
+  __shared__ __align__(8) float coeffs[Shape::kStages][Shape::kDepth];
+  OuterProduct<T, Shape>(q, coeffs, shared).run();
+}
+
+// dc[b,l] = sum of its terms (CudaDots) + sum_(t,o) g[b,t,o] beta[k,o] for k of l. Grid: x pairs (b, l), a block each.
+// A thread adds every Threads-th term in order, splits outermost; then block_sum.
+template <class T, int Threads>
+__global__ void __launch_bounds__(Threads)
+    manifold_linear_grad_coeff_sum_kernel(ManifoldLinearParams p, CudaDots terms, const float* dots, View out) {
+  const int64_t b = blockIdx.x / p.num_local, l = blockIdx.x % p.num_local;
+  const int64_t k = (p.first_basis(b) + l) % p.num_basis, slices = ceil_div(p.out_features, kSliceDepth);
+  const int64_t total = p.num_basis * slices;
+  float sum = 0;
+  for (int64_t split = 0; split < terms.splits; ++split) {
+    const int64_t begin = total * split / terms.splits, end = total * (split + 1) / terms.splits;
+    if (end <= k * slices || begin >= (k + 1) * slices) continue;  // it met no slice of k, and wrote nothing
+    for (int64_t i = threadIdx.x; i < terms.tiles * terms.each; i += Threads) {
+      const int64_t slot = i % terms.tiles * terms.splits + split, t = i / terms.tiles;
+      sum += dots[((slot * p.batch + b) * terms.each + t) * p.num_local + l];
+    }
+  }
+  for (int64_t i = threadIdx.x; p.bias && i < p.tokens * p.out_features; i += Threads) {
+    const int64_t row = b * p.tokens + i / p.out_features, o = i % p.out_features;
+    sum += to_acc<float>(*p.output.template at<T>(row, o)) * to_acc<float>(*p.bias.template at<T>(k, o));
+  }
+  sum = block_sum<Threads>(sum);
+  if (threadIdx.x == 0) *out.at<float>(b, l) = sum;
+}
+
+}  // namespace
+
+int launch_grad_coeff_sum(const ManifoldLinearBackwardParams& q, stream_t stream) {
+  const ManifoldLinearParams& p = q.p;
+  const CudaDots terms = cuda_dots(p);
+  const dim3 grid(static_cast<unsigned>(p.batch * p.num_local));
+  const float* const dots = static_cast<const float*>(cuda_dots_begin(q));
+  const bool many = terms.tiles * terms.each + (p.bias ? p.tokens * p.out_features : 0) > 512;
+  dispatch_half(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (many) {
+      NEUROMOD_LAUNCH((manifold_linear_grad_coeff_sum_kernel<T, 256>), grid, dim3(256), 0, stream, p, terms, dots,
+                      q.grad_coeff);
+    } else {
+      NEUROMOD_LAUNCH((manifold_linear_grad_coeff_sum_kernel<T, 32>), grid, dim3(32), 0, stream, p, terms, dots,
+                      q.grad_coeff);
+    }
+  });
+  return launch_status();
+}
+
+int launch_grad_rows_tensor(const ManifoldLinearBackwardParams& q, stream_t stream) {
+  const ManifoldLinearParams& p = q.p;
+  MixParams mix{};
+  mix.p = p;
+  mix.product = cuda_grad_rows(p);
+  mix.left = p.output;
+  mix.out = q.grad_input;
+  mix.depth = p.out_features;
+  mix.cols = p.in_features;
+  if (mix.product.splits > 1) mix.partial = static_cast<float*>(p.workspace);
+  if (q.grad_coeff) {
+    mix.dots = static_cast<float*>(cuda_dots_begin(q));
+    mix.input_aligned = rows_are_aligned(p.input, 2, 2);
+  }
+  mix.left_aligned = rows_are_aligned(p.output, 2, 2);
+  mix.basis_aligned = rows_are_aligned(p.basis, 3, 2);
+  if (const int status = launch_mix_tensor<true>(mix, stream)) return status;
+  return q.grad_coeff ? launch_grad_coeff_sum(q, stream) : 0;
+}
+
+int launch_grad_basis_tensor(const ManifoldLinearBackwardParams& q, stream_t stream) {
+  const ManifoldLinearParams& p = q.p;
+  OuterParams outer{};
+  outer.p = p;
+  outer.product = cuda_grad_basis(p);
+  outer.out = q.grad_basis;
+  outer.accumulate = q.accumulate;
+  if (outer.product.splits > 1) outer.partial = static_cast<float*>(p.workspace);
+  outer.output_aligned = rows_are_aligned(p.output, 2, 2);
+  outer.input_aligned = rows_are_aligned(p.input, 2, 2);
+  const dim3 grid(static_cast<unsigned>(outer.product.tiles_down * outer.product.tiles_across * p.num_basis),
+                  static_cast<unsigned>(outer.product.splits));
+  dispatch_half(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (outer.product.plan == CudaPlan::large) {
+      NEUROMOD_LAUNCH((manifold_linear_grad_basis_tensor_kernel<T, LargeShape>), grid, dim3(LargeShape::kThreads),
+                      outer_shared_bytes<LargeShape>(), stream, outer);
+    } else {
+      NEUROMOD_LAUNCH((manifold_linear_grad_basis_tensor_kernel<T, SmallShape>), grid, dim3(SmallShape::kThreads),
+                      outer_shared_bytes<SmallShape>(), stream, outer);
+    }
+  });
+  if (const int status = launch_status(); status != 0 || !outer.partial) return status;
+  return launch_sum_splits(p.dtype, outer.partial, outer.product.splits, q.grad_basis, p.num_basis, p.out_features,
+                           p.in_features, q.accumulate, stream);
+}
+
+}  // namespace neuromod
