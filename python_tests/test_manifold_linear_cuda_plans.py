@@ -1,17 +1,18 @@
 """The plans of manifold_linear's CUDA kernels, emulated: each is right by itself.
 
 A plan is forced by the environment variable NEUROMOD_CUDA_PLAN: ``simt`` are the plain kernels, the
-others run 16-bit dtypes on tensor cores.
+others run on tensor cores, float32 only where torch allows it tf32.
 """
 
 import ctypes
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from bounds import check
+from bounds import check, exact
 from conftest import EMULATED, Backend
 from entry import Call
 from linear_entries import LINEAR, linear_call
@@ -20,6 +21,7 @@ from sampling import LAYOUTS, Draw, name_of, placed
 
 NAMES = [op.name for op in LINEAR]
 HALF = (torch.bfloat16, torch.float16)
+NARROW = (*HALF, torch.float32)
 CUDA_PLANS = ("simt", "small", "large", "fold")
 BACKWARD = ("manifold_linear_backward", "gxPcb")
 RAGGED = [  # B, tokens, K, O, I: beside the edges of slices (32) and tiles (64, 128, 256)
@@ -29,7 +31,7 @@ RAGGED = [  # B, tokens, K, O, I: beside the edges of slices (32) and tiles (64,
     (5, (), 6, 30, 450),
 ]
 every_plan = pytest.mark.parametrize("plan", CUDA_PLANS)
-half = pytest.mark.parametrize("dtype", HALF, ids=name_of)
+narrow = pytest.mark.parametrize("dtype", NARROW, ids=name_of)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +67,7 @@ def full_call(draw: Draw, roles: str, sizes: tuple[Any, ...]) -> Call:
 @pytest.mark.parametrize(
     "cases", [pytest.param(3, id="quick"), pytest.param(100, id="full", marks=pytest.mark.full)]
 )
-@half
+@narrow
 @pytest.mark.parametrize("name", NAMES)
 @every_plan
 def test_fuzz(name: str, dtype: torch.dtype, forced: str, cases: int, emulated: Backend) -> None:
@@ -86,11 +88,11 @@ def test_ragged(sizes: tuple[Any, ...], forced: str, emulated: Backend) -> None:
             "manifold_linear_update_": "Pgxc",
         }.items()
     ):
-        draw = Draw(f"ragged/{sizes}/{name}", HALF[i % 2])
+        draw = Draw(f"ragged/{sizes}/{name}", NARROW[i])
         verify(name, emulated, full_call(draw, roles, sizes), draw)
 
 
-@half
+@narrow
 @every_plan
 def test_alignment_does_not_matter(dtype: torch.dtype, forced: str, emulated: Backend) -> None:
     """Rows that cp.async can copy give the same bits as rows it cannot."""
@@ -138,6 +140,29 @@ def test_in_any_order_of_threads(forced: str, emulated: Backend) -> None:
         reverse(False)
     for a, b in zip(first, other, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.fixture
+def _tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_tf32")
+@pytest.mark.parametrize("plan", ["small", "large"])
+def test_tf32_where_torch_allows_it(forced: str, emulated: Backend) -> None:
+    """Both operands of a product are rounded to 11 bits, by 2⁻¹¹ each; nothing else changes."""
+    name, roles = BACKWARD
+    call = full_call(Draw("tf32", torch.float32), roles, (37, (2,), 3, 67, 70))
+    for op, arguments in ((name, call), ("manifold_linear", Call(call.tensors[1:]))):
+        exactly = OPS[op].run(emulated.op(op), arguments)
+        for got, want in zip(exactly, OPS[op].expected(arguments), strict=True):
+            error = np.abs(exact(got) - want.value)
+            assert (error <= 2 * 2.0**-11 * want.scale + want.bound()).all()
+            if got.shape != arguments.tensors[-1].shape:  # no product behind the bias's gradient
+                assert (error > want.bound()).any()
 
 
 def test_tensor_cores_are_the_rule(emulated: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

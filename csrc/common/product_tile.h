@@ -1,36 +1,27 @@
-// Tiles of 16-bit matrices: from memory to shared memory to the tensor cores (common/tensor_core.h).
+// Tiles of matrices: from memory to shared memory to the tensor cores (common/tensor_core.h) or plain multiply-adds.
 //
 // A block of Shape::kThreads threads multiplies [kM, kDepth] by [kDepth, kN], one slice of the depth after another;
-// each of its kWarpsM x kWarpsN warps sums [kM / kWarpsM, kN / kWarpsN] of the result in registers. In memory either
-// dimension of an operand may be the dense one, and so it is in shared memory: `Along` means rows along the depth (a
-// row is dense in depth), `Across` rows across it. Sums run in float32, slice by slice, depth ascending.
+// each of its kWarpsM x kWarpsN warps sums [kM / kWarpsM, kN / kWarpsN] of the result in registers, in float32. In
+// memory either dimension of an operand may be the dense one, and so it is in shared memory: `Along` means rows along
+// the depth (a row is dense in depth), else across it. Shape::Math says how fragments are multiplied
+// (common/product_math.h).
 #pragma once
 
-#include <cstring>
-
 #include "common/params.h"
-#include "common/tensor_core.h"
+#include "common/product_math.h"
 
 namespace neuromod {
 
-template <int M, int N, int WarpsM, int WarpsN, int Stages>
+template <class MathOfElements, int M, int N, int WarpsM, int WarpsN, int Stages>
 struct ProductShape {
-  static constexpr int kM = M, kN = N, kDepth = 32, kWarpsM = WarpsM, kWarpsN = WarpsN, kStages = Stages;
+  using Math = MathOfElements;
+  using Element = typename Math::Element;
+  static constexpr int kDepth = 64 / sizeof(Element);  // so that all tiles have rows of 64 bytes along the depth
+  static constexpr int kM = M, kN = N, kWarpsM = WarpsM, kWarpsN = WarpsN, kStages = Stages;
   static constexpr int kThreads = 32 * WarpsM * WarpsN;
   static constexpr int kWarpRows = M / WarpsM, kWarpCols = N / WarpsN;  // of the result, a warp's part
+  static constexpr int kLeft = kM * kDepth, kRight = kN * kDepth;       // elements of a slice
 };
-
-constexpr int kChunk = 8;  // 16-bit elements in 16 bytes, the unit of copies and of ldmatrix
-
-/// Where element (row, col) of a tile with dense rows of Cols elements is kept, col a multiple of kChunk. Chunks are
-/// permuted within their row so that the eight rows of an ldmatrix, and neighbours in a copy, lie in different banks.
-template <int Cols>
-__device__ __forceinline__ int swizzled(int row, int col) {
-  static_assert(Cols % 32 == 0 && (Cols & (Cols - 1)) == 0);
-  constexpr int chunks = Cols / kChunk;
-  const int twist = chunks >= 8 ? row % 8 : row / (8 / chunks) % chunks;
-  return row * Cols + (col / kChunk ^ twist) * kChunk;
-}
 
 /// Part of a matrix with dense rows, from `data` on: `rows` and `cols` are what is left of it, perhaps nothing.
 template <class T>
@@ -52,46 +43,23 @@ inline bool rows_are_aligned(const View& v, int dimensions, int64_t element_byte
 /// rows are aligned, else element by element. The caller commits, waits and passes a barrier in either case.
 template <int Rows, int Cols, int Threads, class T, class Keep>
 __device__ __forceinline__ void fetch_tile(T* tile, const Part<T>& from, Keep keep) {
-  static_assert(Rows * Cols / kChunk % Threads == 0);
+  constexpr int chunk = kChunk<T>;
+  static_assert(Rows * Cols / chunk % Threads == 0);
 #pragma unroll
-  for (int i = 0; i < Rows * Cols / kChunk / Threads; ++i) {
-    const int unit = threadIdx.x + i * Threads, row = unit / (Cols / kChunk), col = unit % (Cols / kChunk) * kChunk;
+  for (int i = 0; i < Rows * Cols / chunk / Threads; ++i) {
+    const int unit = threadIdx.x + i * Threads, row = unit / (Cols / chunk), col = unit % (Cols / chunk) * chunk;
     const int64_t left = row < from.rows && keep(row) ? from.cols - col : 0;
-    const int valid = left < 0 ? 0 : left < kChunk ? static_cast<int>(left) : kChunk;
+    const int valid = left < 0 ? 0 : left < chunk ? static_cast<int>(left) : chunk;
     const T* const source = from.data + row * from.stride + col;
-    T* const to = tile + swizzled<Cols>(row, col);
+    T* const to = tile + swizzled<Cols, T>(row, col);
     if (from.aligned) {
-      copy_async<16>(to, valid > 0 ? source : from.data, valid * 2);
+      copy_async<16>(to, valid > 0 ? source : from.data, valid * static_cast<int>(sizeof(T)));
     } else {
       const T zero = from_acc<T>(0.0f);
 #pragma unroll
-      for (int j = 0; j < kChunk; ++j) to[j] = j < valid ? source[j] : zero;
+      for (int j = 0; j < chunk; ++j) to[j] = j < valid ? source[j] : zero;
     }
   }
-}
-
-/// The four registers of an A fragment [16, 16] at (m, d) of a tile.
-template <bool Along, class Shape, class T>
-__device__ __forceinline__ void load_left(uint32_t (&a)[4], const T* tile, int m, int d) {
-  const int matrix = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
-  if constexpr (Along) {
-    load_matrix(a, tile + swizzled<Shape::kDepth>(m + i + matrix % 2 * 8, d + matrix / 2 * 8));
-  } else {
-    load_matrix_transposed(a, tile + swizzled<Shape::kM>(d + i + matrix / 2 * 8, m + matrix % 2 * 8));
-  }
-}
-
-/// Two B fragments [16, 8] side by side, at (d, n) and (d, n + 8).
-template <bool Along, class Shape, class T>
-__device__ __forceinline__ void load_right(uint32_t (&b)[2][2], const T* tile, int d, int n) {
-  const int matrix = threadIdx.x % 32 / 8, i = threadIdx.x % 8;
-  uint32_t four[4];
-  if constexpr (Along) {
-    load_matrix(four, tile + swizzled<Shape::kDepth>(n + i + matrix / 2 * 8, d + matrix % 2 * 8));
-  } else {
-    load_matrix_transposed(four, tile + swizzled<Shape::kN>(d + i + matrix % 2 * 8, n + matrix / 2 * 8));
-  }
-  for (int j = 0; j < 4; ++j) b[j / 2][j % 2] = four[j];
 }
 
 /// This thread's elements of a result tile.
@@ -115,56 +83,39 @@ struct ProductSums {
   static __device__ __forceinline__ int row(int i, int h) { return warp_row() + 16 * i + 8 * h + threadIdx.x % 32 / 4; }
   static __device__ __forceinline__ int col(int j) { return warp_col() + 8 * j + threadIdx.x % 4 * 2; }
 
-  /// += left right over one slice of the depth. scale(b, d) may change a B fragment that begins at depth d.
-  template <bool LeftAlong, bool RightAlong, class T, class Scale>
-  __device__ __forceinline__ void add(const T* left, const T* right, Scale scale) {
+  /// += left (factors right) over one slice, depth ascending: NoFactors, or the number that multiplies each row of
+  /// right.
+  template <bool LeftAlong, bool RightAlong, class T, class Factors>
+  __device__ __forceinline__ void add(const T* left, const T* right, Factors factors) {
 #pragma unroll
-    for (int d = 0; d < Shape::kDepth; d += 16) {
-      uint32_t a[kRowParts][4], b[kColParts / 2][2][2];
-#pragma unroll
-      for (int i = 0; i < kRowParts; ++i) load_left<LeftAlong, Shape>(a[i], left, warp_row() + 16 * i, d);
-#pragma unroll
-      for (int j = 0; j < kColParts / 2; ++j) {
-        load_right<RightAlong, Shape>(b[j], right, d, warp_col() + 16 * j);
-        scale(b[j][0], d);
-        scale(b[j][1], d);
-      }
-#pragma unroll
-      for (int i = 0; i < kRowParts; ++i)
-#pragma unroll
-        for (int j = 0; j < kColParts; ++j) multiply_add<T>(at[i][j], a[i], b[j / 2][j % 2]);
-    }
+    for (int d = 0; d < Shape::kDepth; d += Shape::Math::kStep)
+      Shape::Math::template add<LeftAlong, RightAlong, Shape>(at, left, right, warp_row(), warp_col(), d, factors);
   }
 };
-
-/// A fragment's register as two numbers, and back, rounded once.
-template <class T>
-__device__ __forceinline__ float2 widen_pair(uint32_t pair) {
-  T two[2];
-  memcpy(two, &pair, sizeof(pair));
-  return make_float2(to_acc<float>(two[0]), to_acc<float>(two[1]));
-}
-template <class T>
-__device__ __forceinline__ uint32_t round_pair(float first, float second) {
-  uint32_t pair;
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 two = __floats2half2_rn(first, second);
-    memcpy(&pair, &two, sizeof(pair));
-  } else {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(first, second);
-    memcpy(&pair, &two, sizeof(pair));
-  }
-  return pair;
-}
 
 /// Writes two neighbours of a row, of which `left` are there: as one where that is aligned.
 template <class T>
 __device__ __forceinline__ void store_pair(T* to, float first, float second, int64_t left) {
-  if (left >= 2 && reinterpret_cast<uintptr_t>(to) % 4 == 0) {
-    *reinterpret_cast<uint32_t*>(to) = round_pair<T>(first, second);
+  if (left >= 2 && reinterpret_cast<uintptr_t>(to) % (2 * sizeof(T)) == 0) {
+    if constexpr (sizeof(T) == 2) {
+      *reinterpret_cast<uint32_t*>(to) = round_pair<T>(first, second);
+    } else {
+      *reinterpret_cast<float2*>(to) = make_float2(first, second);
+    }
   } else {
     if (left >= 1) to[0] = from_acc<T>(first);
     if (left >= 2) to[1] = from_acc<T>(second);
+  }
+}
+
+/// Two neighbours of a tile's row, the first in an even column.
+template <int Cols, class T>
+__device__ __forceinline__ float2 tile_pair(const T* tile, int row, int col) {
+  const T* const pair = tile + swizzled<Cols, T>(row, col / kChunk<T> * kChunk<T>) + col % kChunk<T>;
+  if constexpr (sizeof(T) == 2) {
+    return widen_pair<T>(*reinterpret_cast<const uint32_t*>(pair));
+  } else {
+    return *reinterpret_cast<const float2*>(pair);
   }
 }
 

@@ -1,5 +1,5 @@
-// manifold_linear in CUDA: the launchers, and plain SIMT kernels for every dtype, the oracle of those on tensor cores
-// (manifold_linear_tensor.h), which take the 16-bit dtypes.
+// manifold_linear in CUDA: the launchers, and plain SIMT kernels for every dtype, the oracle of the faster ones
+// (manifold_linear_tiles.h), which take all dtypes but float64.
 //
 // All four contractions are built from one 64 x 64 product tile: 256 threads of 4 x 4 sums each, operands staged
 // through shared memory 16 deep. Sums run in float32 (float64 for float64): depth in order, then k in order. Tails are
@@ -8,7 +8,7 @@
 #include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "manifold_linear/manifold_linear.h"
-#include "manifold_linear/manifold_linear_tensor.h"
+#include "manifold_linear/manifold_linear_tiles.h"
 
 namespace neuromod {
 namespace {
@@ -248,7 +248,7 @@ int launch_mix(const ManifoldLinearParams& p, View rows, View weight, View out, 
 
 int launch_manifold_linear_forward(const ManifoldLinearParams& p, stream_t stream) {
   if (cuda_folds(p)) return launch_forward_fold(p, stream);
-  if (cuda_forward(p).plan != CudaPlan::simt) return launch_forward_tensor(p, stream);
+  if (cuda_forward(p).plan != CudaPlan::simt) return launch_forward_tiles(p, stream);
   const View transposed{p.basis.data, {p.basis.stride[0], p.basis.stride[2], p.basis.stride[1]}};
   return launch_mix(p, p.input, transposed, p.output, p.in_features, p.out_features, stream);
 }
@@ -257,7 +257,7 @@ namespace {
 
 int launch_grad_rows(const ManifoldLinearBackwardParams& q, stream_t stream) {
   ManifoldLinearParams p = q.p;
-  if (cuda_grad_rows(p).plan != CudaPlan::simt) return launch_grad_rows_tensor(q, stream);
+  if (cuda_grad_rows(p).plan != CudaPlan::simt) return launch_grad_rows_tiles(q, stream);
   if (q.grad_input) {
     p.bias = View{};
     if (const int status = launch_mix(p, p.output, p.basis, q.grad_input, p.out_features, p.in_features, stream))
@@ -278,7 +278,7 @@ int launch_grad_rows(const ManifoldLinearBackwardParams& q, stream_t stream) {
 }
 
 int launch_grad_basis(const ManifoldLinearBackwardParams& q, stream_t stream) {
-  if (cuda_grad_basis(q.p).plan != CudaPlan::simt) return launch_grad_basis_tensor(q, stream);
+  if (cuda_grad_basis(q.p).plan != CudaPlan::simt) return launch_grad_basis_tiles(q, stream);
   ManifoldLinearParams p = q.p;
   p.basis = q.grad_basis;
   return launch(p, [&](auto tag) {

@@ -11,8 +11,8 @@
 namespace neuromod {
 
 enum class CudaPlan : int8_t {
-  simt,   ///< plain kernels, for every dtype
-  small,  ///< 16-bit dtypes: tensor cores, tiles of 64 x 64
+  simt,   ///< the plain kernels of manifold_linear.cu, for every dtype
+  small,  ///< all dtypes but float64, on tensor cores where they may: tiles of 64 x 64
   large,  ///< the same in tiles of 128 x 128
   fold,   ///< 16-bit dtypes, samples of many tokens: each sample's weight is blended first
 };
@@ -24,7 +24,6 @@ struct CudaProduct {
   int64_t tiles_down, tiles_across, splits;
 };
 
-constexpr int64_t kSliceDepth = 32;
 constexpr int kMostFolded = 64;  // coefficients of a sample that plan fold takes
 constexpr int kFoldOuterRows = 128, kFoldOuterCols = 64, kFoldOuterGroup = 4;  // tile and basis points of dP and dc
 
@@ -39,7 +38,12 @@ inline bool forced_cuda_plan(CudaPlan& plan) {
   return false;
 }
 
-inline bool has_tensor_kernels(DType dtype) { return dtype == DType::bfloat16 || dtype == DType::float16; }
+inline bool is_half(DType dtype) { return dtype == DType::bfloat16 || dtype == DType::float16; }
+NEUROMOD_HOST_DEVICE int64_t element_bytes(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+/// Depth of a slice in plans small and large (ProductShape::kDepth).
+NEUROMOD_HOST_DEVICE int64_t slice_depth(DType dtype) { return 64 / element_bytes(dtype); }
 
 /// Tokens of a tile in plan fold.
 inline int64_t fold_tokens(const ManifoldLinearParams& p) { return p.tokens <= 64 ? 64 : p.tokens <= 128 ? 128 : 256; }
@@ -48,7 +52,7 @@ inline int64_t fold_tokens(const ManifoldLinearParams& p) { return p.tokens <= 6
 /// basis points, are fewer than its rows in all K products. Predicted, from L2's bandwidth, not measured.
 inline bool cuda_folds(const ManifoldLinearParams& p) {
   constexpr int64_t kBlend = 96, kLeastTokens = 32;  // kBlend: rows whose product takes as long as a tile of P's fetch
-  if (!has_tensor_kernels(p.dtype) || p.num_local > kMostFolded) return false;
+  if (!is_half(p.dtype) || p.num_local > kMostFolded) return false;
   if (p.rows() == 0 || p.out_features == 0 || p.in_features == 0) return false;
   CudaPlan forced{};
   if (forced_cuda_plan(forced)) return forced == CudaPlan::fold;
@@ -62,7 +66,7 @@ inline bool cuda_folds(const ManifoldLinearParams& p) {
 inline CudaProduct cuda_product(DType dtype, int64_t rows, int64_t cols, int64_t steps, int64_t batches) {
   constexpr int64_t kBlocks = 128, kLeastSteps = 4, kMostSplits = 16;  // kBlocks: about the SMs of a large card
   CudaProduct product{CudaPlan::simt, 0, 0, 1};
-  if (!has_tensor_kernels(dtype) || rows == 0 || cols == 0 || steps == 0) return product;
+  if (dtype == DType::float64 || rows == 0 || cols == 0 || steps == 0) return product;
   const int64_t large_tiles = ceil_div(rows, 128) * ceil_div(cols, 128) * batches;
   product.plan = large_tiles >= kBlocks / 2 ? CudaPlan::large : CudaPlan::small;
   if (CudaPlan forced{}; forced_cuda_plan(forced) && forced != CudaPlan::fold) product.plan = forced;
@@ -77,14 +81,14 @@ inline CudaProduct cuda_product(DType dtype, int64_t rows, int64_t cols, int64_t
 
 /// y or dx (and dc): each basis point's product over the whole depth, one after another.
 inline CudaProduct cuda_mix(const ManifoldLinearParams& p, int64_t depth, int64_t cols) {
-  return cuda_product(p.dtype, p.rows(), cols, p.num_basis * ceil_div(depth, kSliceDepth), 1);
+  return cuda_product(p.dtype, p.rows(), cols, p.num_basis * ceil_div(depth, slice_depth(p.dtype)), 1);
 }
 inline CudaProduct cuda_forward(const ManifoldLinearParams& p) { return cuda_mix(p, p.in_features, p.out_features); }
 inline CudaProduct cuda_grad_rows(const ManifoldLinearParams& p) { return cuda_mix(p, p.out_features, p.in_features); }
 
 /// dP: for each basis point a product over the rows.
 inline CudaProduct cuda_grad_basis(const ManifoldLinearParams& p) {
-  return cuda_product(p.dtype, p.out_features, p.in_features, ceil_div(p.rows(), kSliceDepth), p.num_basis);
+  return cuda_product(p.dtype, p.out_features, p.in_features, ceil_div(p.rows(), slice_depth(p.dtype)), p.num_basis);
 }
 
 /// dP and dc in plan fold: over the samples, for groups of basis points.

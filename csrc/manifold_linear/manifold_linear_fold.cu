@@ -1,27 +1,32 @@
 // manifold_linear for samples of many tokens, on tensor cores: each sample's weight is blended tile by tile in shared
 // memory, rounded once to the operands' dtype, and multiplied; it never exists in memory.
 //
-//   out[b,t,n] = sum_d left[b,t,d] W_b[n,d] + sum_l c[b,l] beta[k_l,n],  W_b = sum_l c[b,l] P_(k_l)   forward: d = i, n
-//   = o out[b,t,n] = sum_d left[b,t,d] W_b[d,n]                                                           dx:      d =
-//   o, n = i
+//   out[b,t,n] = sum_d left[b,t,d] W_b[n,d] + sum_l c[b,l] beta[k_l,n]     forward:  d = i, n = o
+//   out[b,t,n] = sum_d left[b,t,d] W_b[d,n]                                dx:       d = o, n = i
+//   W_b = sum_l c[b,l] P[k_l]
 //
 // Grid: x tiles of a sample's result (TileIndex) for each sample. A block walks the depth in slices; of a slice it
 // takes the tiles of the L basis points one after another, kStages - 1 on their way by cp.async. Whoever copied a chunk
 // of a tile also blends it, in registers and float32, l ascending, so only the blended tile needs a barrier; there are
 // two of it, to blend one while the other is multiplied. Basis points that do not act on the sample are not read.
-// Reads: left once a tile, L tiles of P a slice (from L2, once a block); writes out once, rounded once. No atomics.
-// Cost: 2 B T depth n flop for the product, 2 B ceil(T / kM) L depth n for the blend; (B T (depth + n) + K depth n) 2
-// bytes at least. Error: depth roundings of float32 on a path, L of the blend, u of the blended weight and of the
-// result. Oracle: manifold_linear.cu. Floor, predicted and not measured, on an H100: B = 64, T = 256, 1024 x 1024,
-// bfloat16: 34 Gflop, 43 us at 790 TFLOP/s, about 65 us by mma.sync; L2 delivers L + 2 tiles of 8 KB a slice and
-// block, at K = 3 about 1.3 GB, 240 us at 5.5 TB/s: the bound, for tiles of 256 tokens.
+//
+// Reads left once a tile, and L tiles of P a slice, from L2, once a block; writes out once, rounded once. No atomics.
+//
+// Cost: 2 B T depth n flop for the product, 2 B ceil(T / kM) L depth n for the blend; B T (depth + n) + K depth n
+// elements at least. Error: depth roundings of float32 on a path, L of the blend, one of the blended weight and one of
+// the result. Oracle: manifold_linear.cu.
+//
+// Floor, predicted and not measured, on an H100: B = 64, T = 256, 1024 x 1024, K = 3, bfloat16: 34 Gflop, 43 us at 790
+// TFLOP/s, about 65 us by mma.sync. L2 delivers 16 KB of left and 3 x 8 KB of P a slice to each of 512 blocks, 0.67 GB
+// in all, 120 us at 5.5 TB/s: the bound.
 #include "manifold_linear/manifold_linear_splits.h"
-#include "manifold_linear/manifold_linear_tensor.h"
+#include "manifold_linear/manifold_linear_tiles.h"
 
 namespace neuromod {
 namespace {
 
-using TallShape = ProductShape<256, 128, 4, 2, 4>;
+template <class Math>
+using TallShape = ProductShape<Math, 256, 128, 4, 2, 4>;
 
 struct FoldParams {
   ManifoldLinearParams p;
@@ -44,15 +49,17 @@ struct FoldSides {
 };
 
 /// The work of one block.
-template <class T, class Shape, bool Backward>
+template <class Shape, bool Backward>
 class Folder {
  public:
+  using T = typename Shape::Element;
+
   __device__ __forceinline__ Folder(const FoldParams& q, FoldSides<Shape>& sides, T* shared)
       : q_(q),
         sides_(sides),
         left_(shared),
-        right_(shared + Shape::kStages * kLeft),
-        blended_(shared + Shape::kStages * (kLeft + kRight)),
+        right_(shared + Shape::kStages * Shape::kLeft),
+        blended_(shared + Shape::kStages * (Shape::kLeft + Shape::kRight)),
         slices_(ceil_div(q.depth, Shape::kDepth)) {
     const int64_t tiles = q.tiles_down * q.tiles_across;
     const TileIndex tile = TileIndex::of(blockIdx.x % tiles, q.tiles_down, q.tiles_across);
@@ -77,9 +84,9 @@ class Folder {
     int64_t slice = 0, l = 0;
     for (int64_t step = 0; step < steps; ++step) {
       copy_async_wait<Shape::kStages - 2>();
-      add(blend, right_ + step % Shape::kStages * kRight, sides_.coeff[l]);
+      add(blend, right_ + step % Shape::kStages * Shape::kRight, sides_.coeff[l]);
       const bool last = l + 1 == terms;
-      T* const blended = blended_ + slice % 2 * kRight;
+      T* const blended = blended_ + slice % 2 * Shape::kRight;
       if (last) {
         round(blend, blended, q_.depth - slice * Shape::kDepth);
         __syncthreads();  // the blended tile and left's slice are there; left's slice before is no longer read
@@ -88,7 +95,7 @@ class Folder {
       fetch_right(step + Shape::kStages - 1);
       copy_async_commit();
       if (last) {
-        sum.template add<true, !Backward>(left_ + slice % Shape::kStages * kLeft, blended, [](auto&, int) {});
+        sum.template add<true, !Backward>(left_ + slice % Shape::kStages * Shape::kLeft, blended, NoFactors{});
         l = 0;
         ++slice;
       } else {
@@ -99,19 +106,18 @@ class Folder {
   }
 
  private:
-  static constexpr int kLeft = Shape::kM * Shape::kDepth, kRight = Shape::kN * Shape::kDepth;
   static constexpr int kRightCols = Backward ? Shape::kN : Shape::kDepth;
-  static constexpr int kChunks = kRight / kChunk / Shape::kThreads;  // of a tile of P, that are this thread's
+  static constexpr int kChunks = Shape::kRight / kChunk<T> / Shape::kThreads;  // of a tile of P, that are this thread's
 
   struct Blend {
-    float at[kChunks][kChunk];
+    float at[kChunks][kChunk<T>];
   };
 
   static __device__ __forceinline__ int chunk_row(int i) {
-    return (threadIdx.x + i * Shape::kThreads) / (kRightCols / kChunk);
+    return (threadIdx.x + i * Shape::kThreads) / (kRightCols / kChunk<T>);
   }
   static __device__ __forceinline__ int chunk_col(int i) {
-    return (threadIdx.x + i * Shape::kThreads) % (kRightCols / kChunk) * kChunk;
+    return (threadIdx.x + i * Shape::kThreads) % (kRightCols / kChunk<T>)*kChunk<T>;
   }
 
   __device__ __forceinline__ int64_t basis_point(int64_t l) const {
@@ -136,7 +142,7 @@ class Folder {
     const int64_t d = slice * Shape::kDepth, row = sample_ * q_.p.tokens + token_;
     const Part<T> part{q_.left.template at<T>(row, d), q_.left.stride[0], q_.p.tokens - token_, q_.depth - d,
                        q_.left_aligned};
-    fetch_tile<Shape::kM, Shape::kDepth, Shape::kThreads>(left_ + slice % Shape::kStages * kLeft, part,
+    fetch_tile<Shape::kM, Shape::kDepth, Shape::kThreads>(left_ + slice % Shape::kStages * Shape::kLeft, part,
                                                           [](int) { return true; });
   }
 
@@ -145,7 +151,7 @@ class Folder {
     const View& basis = q_.p.basis;
     const int64_t k = basis_point(fetched_), d = fetched_slice_ * Shape::kDepth;
     const int64_t depth = q_.depth - d, cols = q_.cols - col_;
-    T* const to = right_ + step % Shape::kStages * kRight;
+    T* const to = right_ + step % Shape::kStages * Shape::kRight;
     const auto all = [](int) { return true; };
     if constexpr (Backward) {
       const Part<T> part{basis.at<T>(k, d, col_), basis.stride[1], depth, cols, q_.basis_aligned};
@@ -161,7 +167,7 @@ class Folder {
   __device__ __forceinline__ void add(Blend& blend, const T* tile, float c) const {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const uint4 chunk = *reinterpret_cast<const uint4*>(tile + swizzled<kRightCols>(chunk_row(i), chunk_col(i)));
+      const uint4 chunk = *reinterpret_cast<const uint4*>(tile + swizzled<kRightCols, T>(chunk_row(i), chunk_col(i)));
       const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -186,7 +192,7 @@ class Folder {
         const float second = (Backward ? d : d + 1) < depth ? blend.at[i][2 * j + 1] : 0.0f;
         pairs[j] = round_pair<T>(first, second);
       }
-      *reinterpret_cast<uint4*>(tile + swizzled<kRightCols>(row, col)) =
+      *reinterpret_cast<uint4*>(tile + swizzled<kRightCols, T>(row, col)) =
           make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
     blend = Blend{};
@@ -217,22 +223,22 @@ class Folder {
   int64_t fetched_slice_ = 0, fetched_ = 0;  // the next tile of P to fetch: its slice and coefficient
 };
 
-template <class T, class Shape, bool Backward>
+template <class Shape, bool Backward>
 __global__ void __launch_bounds__(Shape::kThreads) manifold_linear_fold_kernel(const __grid_constant__ FoldParams q) {
-  NEUROMOD_DYNAMIC_SHARED(T, shared);
+  NEUROMOD_DYNAMIC_SHARED(typename Shape::Element, shared);
   __shared__ FoldSides<Shape> sides;
-  Folder<T, Shape, Backward>(q, sides, shared).run();
+  Folder<Shape, Backward>(q, sides, shared).run();
 }
 
-template <class Shape, bool Backward>
+template <template <class> class Shape, bool Backward>
 int launch_fold(FoldParams q, stream_t stream) {
-  q.tiles_down = ceil_div(q.p.tokens, Shape::kM);
-  q.tiles_across = ceil_div(q.cols, Shape::kN);
-  const dim3 grid(static_cast<unsigned>(q.p.batch * q.tiles_down * q.tiles_across));
   dispatch_half(q.p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    NEUROMOD_LAUNCH((manifold_linear_fold_kernel<T, Shape, Backward>), grid, dim3(Shape::kThreads),
-                    fold_shared_bytes<Shape>(), stream, q);
+    using Tile = Shape<HalfMath<typename decltype(tag)::type>>;
+    q.tiles_down = ceil_div(q.p.tokens, Tile::kM);
+    q.tiles_across = ceil_div(q.cols, Tile::kN);
+    const dim3 grid(static_cast<unsigned>(q.p.batch * q.tiles_down * q.tiles_across));
+    NEUROMOD_LAUNCH((manifold_linear_fold_kernel<Tile, Backward>), grid, dim3(Tile::kThreads),
+                    fold_shared_bytes<Tile>(), stream, q);
   });
   return launch_status();
 }

@@ -1,25 +1,32 @@
 // dP and dc of manifold_linear for samples of many tokens, on tensor cores, from one product for each sample:
 //
 //   G_b[o,i] = sum_t g[b,t,o] x[b,t,i]
-//   dP[k,o,i] = (accumulate ? dP[k,o,i] : 0) + sum_b c[b,k] G_b[o,i]       dc[b,k] = sum_(o,i) G_b[o,i] P[k,o,i] + ...
+//   dP[k,o,i] = (accumulate ? dP[k,o,i] : 0) + sum_b c[b,k] G_b[o,i]
+//   dots[tile,b,k] = sum_(o,i in the tile) G_b[o,i] P[k,o,i]
 //
 // Grid: x tiles of (o, i) (TileIndex) for each group of kGroup basis points, y splits of the samples. A block walks its
 // samples' tokens in slices, kStages - 1 on their way by cp.async; G_b stays in registers and is spread, in float32, to
 // the group's dP, in registers too, and multiplied with the group's tiles of P, which wait in shared memory.
-// Reads: g and x once a tile and group, P once; writes dP once, rounded once, or with splits partial sums [splits, K,
-// O, partial_cols(I)] for manifold_linear_sum_splits; dots [tiles, B, L] once. No atomics: samples in order. Cost: 2 B
-// T O I ceil(K / kGroup) flop and 4 B K O I; (B T (O + I) + 2 K O I) 2 bytes at least. Error: T + B + splits roundings
-// of float32 for dP and that of the result; T, and the sum over O I in parts, for dc. Oracle: manifold_linear.cu.
-// Floor, predicted and not measured, on an H100: as manifold_linear_fold.cu for K <= kGroup, with 12 KB from L2 for 0.5
-// Mflop: B = 64, T = 256, 1024 x 1024: 0.8 GB, 150 us at 5.5 TB/s.
+//
+// Reads g and x once a tile and group, P once; writes dP once, rounded once, or with splits partial sums [splits, K, O,
+// partial_cols(I)] for manifold_linear_sum_splits; dots [tiles, B, L] once. No atomics: samples in order.
+//
+// Cost: 2 B T O I ceil(K / kGroup) flop and 4 B K O I; B T (O + I) + 2 K O I elements at least. Error: T + B + splits
+// roundings of float32 for dP and that of the result; T, and the sum over O I in parts, for dc. Oracle:
+// manifold_linear.cu.
+//
+// Floor, predicted and not measured, on an H100: B = 64, T = 256, 1024 x 1024, K = 3: L2 delivers 12 KB for 0.5 Mflop,
+// 0.8 GB in all, 150 us at 5.5 TB/s.
 #include "manifold_linear/manifold_linear_splits.h"
-#include "manifold_linear/manifold_linear_tensor.h"
+#include "manifold_linear/manifold_linear_tiles.h"
 
 namespace neuromod {
 namespace {
 
-using OuterShape = ProductShape<kFoldOuterRows, kFoldOuterCols, 4, 2, 4>;
+template <class T>
+using OuterShape = ProductShape<HalfMath<T>, kFoldOuterRows, kFoldOuterCols, 4, 2, 4>;
 constexpr int kGroup = kFoldOuterGroup;
+constexpr int kTile = kFoldOuterRows * kFoldOuterCols;
 
 struct FoldOuterParams {
   ManifoldLinearParams p;
@@ -31,34 +38,37 @@ struct FoldOuterParams {
   bool output_aligned, input_aligned, basis_aligned;
 };
 
-constexpr int kLeft = OuterShape::kM * OuterShape::kDepth, kRight = OuterShape::kN * OuterShape::kDepth;
-constexpr int kTile = OuterShape::kM * OuterShape::kN;
-constexpr size_t kSharedBytes = 2 * (OuterShape::kStages * (kLeft + kRight) + kGroup * kTile);
+template <class Shape>
+constexpr size_t outer_shared_bytes() {
+  return sizeof(typename Shape::Element) * (Shape::kStages * (Shape::kLeft + Shape::kRight) + kGroup * kTile);
+}
 
 /// Warps' shares of a sample's dot products; of two samples, since threads that are ahead begin the next one's.
+template <class Shape>
 struct OuterSides {
-  float dots[2][kGroup][OuterShape::kThreads / 32];
+  float dots[2][kGroup][Shape::kThreads / 32];
 };
 
 /// The work of one block.
-template <class T>
+template <class Shape>
 class FoldOuter {
  public:
-  using Sums = ProductSums<OuterShape>;
+  using T = typename Shape::Element;
+  using Sums = ProductSums<Shape>;
 
-  __device__ __forceinline__ FoldOuter(const FoldOuterParams& q, OuterSides& sides, T* shared)
+  __device__ __forceinline__ FoldOuter(const FoldOuterParams& q, OuterSides<Shape>& sides, T* shared)
       : q_(q),
         sides_(sides),
         left_(shared),
-        right_(shared + OuterShape::kStages * kLeft),
-        basis_(shared + OuterShape::kStages * (kLeft + kRight)),
-        slices_(ceil_div(q.p.tokens, OuterShape::kDepth)) {
+        right_(shared + Shape::kStages * Shape::kLeft),
+        basis_(shared + Shape::kStages * (Shape::kLeft + Shape::kRight)),
+        slices_(ceil_div(q.p.tokens, Shape::kDepth)) {
     const int64_t tiles = q.product.tiles_down * q.product.tiles_across;
     tile_ = blockIdx.x % tiles;
     const TileIndex tile = TileIndex::of(tile_, q.product.tiles_down, q.product.tiles_across);
     first_k_ = blockIdx.x / tiles * kGroup;
-    row_ = tile.down * OuterShape::kM;
-    col_ = tile.across * OuterShape::kN;
+    row_ = tile.down * Shape::kM;
+    col_ = tile.across * Shape::kN;
     begin_ = q.p.batch * blockIdx.y / gridDim.y;
     end_ = q.p.batch * (blockIdx.y + 1) / gridDim.y;
   }
@@ -66,7 +76,7 @@ class FoldOuter {
   __device__ __forceinline__ void run() {
     fetched_sample_ = begin_;
     if (q_.dots) fetch_basis();
-    for (int stage = 0; stage < OuterShape::kStages - 1; ++stage) fetch(stage);
+    for (int stage = 0; stage < Shape::kStages - 1; ++stage) fetch(stage);
     Sums outer, sums[kGroup];
     outer.clear();
 #pragma unroll
@@ -74,12 +84,12 @@ class FoldOuter {
     int stage = 0;
     for (int64_t b = begin_; b < end_; ++b) {
       for (int64_t slice = 0; slice < slices_; ++slice) {
-        copy_async_wait<OuterShape::kStages - 2>();
+        copy_async_wait<Shape::kStages - 2>();
         __syncthreads();
-        fetch(stage == 0 ? OuterShape::kStages - 1 : stage - 1);
+        fetch(stage == 0 ? Shape::kStages - 1 : stage - 1);
         if (q_.dots && slice == 0 && b != begin_) flush_dots(b - 1);
-        outer.template add<false, false>(left_ + stage * kLeft, right_ + stage * kRight, [](auto&, int) {});
-        stage = stage + 1 == OuterShape::kStages ? 0 : stage + 1;
+        outer.template add<false, false>(left_ + stage * Shape::kLeft, right_ + stage * Shape::kRight, NoFactors{});
+        stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
       }
       mask(outer);
       if (q_.dots) dot(b, outer);
@@ -102,13 +112,13 @@ class FoldOuter {
     if (fetched_sample_ < end_) {
       const ManifoldLinearParams& p = q_.p;
       const auto all = [](int) { return true; };
-      const int64_t t = fetched_slice_ * OuterShape::kDepth, row = fetched_sample_ * p.tokens + t;
+      const int64_t t = fetched_slice_ * Shape::kDepth, row = fetched_sample_ * p.tokens + t;
       const Part<T> left{p.output.template at<T>(row, row_), p.output.stride[0], p.tokens - t, p.out_features - row_,
                          q_.output_aligned};
       const Part<T> right{p.input.template at<T>(row, col_), p.input.stride[0], p.tokens - t, p.in_features - col_,
                           q_.input_aligned};
-      fetch_tile<OuterShape::kDepth, OuterShape::kM, OuterShape::kThreads>(left_ + stage * kLeft, left, all);
-      fetch_tile<OuterShape::kDepth, OuterShape::kN, OuterShape::kThreads>(right_ + stage * kRight, right, all);
+      fetch_tile<Shape::kDepth, Shape::kM, Shape::kThreads>(left_ + stage * Shape::kLeft, left, all);
+      fetch_tile<Shape::kDepth, Shape::kN, Shape::kThreads>(right_ + stage * Shape::kRight, right, all);
       if (++fetched_slice_ == slices_) ++fetched_sample_, fetched_slice_ = 0;
     }
     copy_async_commit();
@@ -119,8 +129,7 @@ class FoldOuter {
     for (int j = 0; j < kGroup && first_k_ + j < q_.p.num_basis; ++j) {
       const Part<T> part{q_.p.basis.template at<T>(first_k_ + j, row_, col_), q_.p.basis.stride[1],
                          q_.p.out_features - row_, q_.p.in_features - col_, q_.basis_aligned};
-      fetch_tile<OuterShape::kM, OuterShape::kN, OuterShape::kThreads>(basis_ + j * kTile, part,
-                                                                       [](int) { return true; });
+      fetch_tile<Shape::kM, Shape::kN, Shape::kThreads>(basis_ + j * kTile, part, [](int) { return true; });
     }
   }
 
@@ -149,10 +158,7 @@ class FoldOuter {
         for (int h = 0; h < 2; ++h) {
 #pragma unroll
           for (int j = 0; j < outer.kColParts; ++j) {
-            const int col = outer.col(j);
-            const T* const pair =
-                basis_ + g * kTile + swizzled<OuterShape::kN>(outer.row(i, h), col / kChunk * kChunk) + col % kChunk;
-            const float2 point = widen_pair<T>(*reinterpret_cast<const uint32_t*>(pair));
+            const float2 point = tile_pair<Shape::kN>(basis_ + g * kTile, outer.row(i, h), outer.col(j));
             total += outer.at[i][j][2 * h] * point.x;
             total += outer.at[i][j][2 * h + 1] * point.y;
           }
@@ -169,7 +175,7 @@ class FoldOuter {
     const int64_t l = q_.p.entry(b, k);
     if (l >= q_.p.num_local) return;
     float total = 0;
-    for (int warp = 0; warp < OuterShape::kThreads / 32; ++warp) total += sides_.dots[b % 2][threadIdx.x][warp];
+    for (int warp = 0; warp < Shape::kThreads / 32; ++warp) total += sides_.dots[b % 2][threadIdx.x][warp];
     q_.dots[(tile_ * q_.p.batch + b) * q_.p.num_local + l] = total;
   }
 
@@ -202,18 +208,18 @@ class FoldOuter {
   }
 
   const FoldOuterParams& q_;
-  OuterSides& sides_;
+  OuterSides<Shape>& sides_;
   T *left_, *right_, *basis_;
   int64_t slices_, tile_, first_k_, row_, col_, begin_, end_;  // begin_ and end_: the block's samples
   int64_t fetched_sample_ = 0, fetched_slice_ = 0;             // the next slice to fetch
 };
 
-template <class T>
-__global__ void __launch_bounds__(OuterShape::kThreads)
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads)
     manifold_linear_fold_outer_kernel(const __grid_constant__ FoldOuterParams q) {
-  NEUROMOD_DYNAMIC_SHARED(T, shared);
-  __shared__ OuterSides sides;
-  FoldOuter<T>(q, sides, shared).run();
+  NEUROMOD_DYNAMIC_SHARED(typename Shape::Element, shared);
+  __shared__ OuterSides<Shape> sides;
+  FoldOuter<Shape>(q, sides, shared).run();
 }
 
 }  // namespace
@@ -234,9 +240,9 @@ int launch_fold_outer(const ManifoldLinearBackwardParams& q, stream_t stream) {
   const dim3 grid(static_cast<unsigned>(tiles * ceil_div(p.num_basis, kGroup)),
                   static_cast<unsigned>(outer.product.splits));
   dispatch_half(p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    NEUROMOD_LAUNCH(manifold_linear_fold_outer_kernel<T>, grid, dim3(OuterShape::kThreads), kSharedBytes, stream,
-                    outer);
+    using Shape = OuterShape<typename decltype(tag)::type>;
+    NEUROMOD_LAUNCH(manifold_linear_fold_outer_kernel<Shape>, grid, dim3(Shape::kThreads), outer_shared_bytes<Shape>(),
+                    stream, outer);
   });
   if (const int status = launch_status()) return status;
   if (q.grad_basis && outer.partial) {

@@ -1,20 +1,26 @@
-// The kernel behind y and dx of manifold_linear on tensor cores, and behind dc, which comes along with dx:
+// The kernel behind y and dx of manifold_linear, and behind dc, which comes along with dx:
 //
 //   out[r,n] = sum_k c[r,k] (sum_d left[r,d] P[k,n,d] + beta[k,n])      forward:   left = x, d = i, n = o
 //   out[r,n] = sum_k c[r,k]  sum_d left[r,d] P[k,d,n]                   backward:  left = g, d = o, n = i
 //   dots[r,k] = sum_n x[r,n] sum_d left[r,d] P[k,d,n]                   backward, on request
 //
-// Grid: x tiles of the result (TileIndex), y splits. A block walks its share of the K ceil(depth / 32) slices: k
-// outside, the depth inside, kStages slices on their way by cp.async. The product of one k stays in its own
+// Grid: x tiles of the result (TileIndex), y splits. A block walks its share of the K ceil(depth / kDepth) slices: k
+// outside, the depth inside, kStages - 1 slices on their way by cp.async. The product of one k stays in its own
 // accumulators and is added with the row's float32 c when k ends, so c meets no rounded operand, and P_k need not act
 // on a row at all. Where a share ends within a k, what there is of the product is added; whoever begins a k adds its
-// bias. Reads: left and P once a tile (L2 serves the repeats), c and beta once a k, x once. Writes: out once, rounded
-// once, or with splits partial sums [splits, B T, partial_cols(n)] for manifold_linear_sum_splits; dots [tiles across,
-// splits, B T, L] once, for those splits that a k meets. No atomics: order of sums from shapes alone. Cost: 2 B T K
-// depth n flop; (B T depth K + K depth n) 2 bytes at least, where left is re-read for each k from L2. Error: depth + K
-// + splits roundings of float32 on a path, and that of the result. Oracle: manifold_linear.cu. Floor, predicted and not
-// measured, on an H100 (790 TFLOP/s by wgmma, of which mma.sync reaches about two thirds): (4096, 4096, 4096, 3)
-// bfloat16: 412 Gflop, 0.52 ms, by mma.sync about 0.8 ms. B = 1, 16: 100 MB of P, 34 us at 3 TB/s.
+// bias.
+//
+// Reads left and P once a tile (L2 serves the repeats), c and beta once a k, x once. Writes out once, rounded once, or
+// with splits partial sums [splits, B T, partial_cols(n)] for manifold_linear_sum_splits; dots [tiles across, splits, B
+// T, L] once, for those splits that a k meets. No atomics: the order of sums follows from shapes alone.
+//
+// Cost: 2 B T K depth n flop; B T depth + K depth n + B T n elements at least, where left is re-read for each k from
+// L2. Error: depth + K + splits roundings of float32 on a path, and that of the result; with tf32, of both operands.
+// Oracle: manifold_linear.cu.
+//
+// Floor, predicted and not measured, on an H100 (790 TFLOP/s by wgmma, of which mma.sync reaches about two thirds):
+// (4096, 4096, 4096, 3) bfloat16: 412 Gflop, 0.52 ms, by mma.sync about 0.8 ms. B = 1, 16: 100 MB of P, 34 us at 3
+// TB/s.
 #pragma once
 
 #include "common/product_tile.h"
@@ -45,8 +51,8 @@ struct SliceCursor {
 
 template <class Shape, bool Backward>
 constexpr size_t mix_shared_bytes() {
-  const size_t stages = Shape::kStages * (Shape::kM + Shape::kN) * Shape::kDepth;
-  return 2 * (stages + (Backward ? Shape::kM * Shape::kN : 0));
+  const size_t slices = Shape::kStages * (Shape::kLeft + Shape::kRight);
+  return sizeof(typename Shape::Element) * (slices + (Backward ? Shape::kM * Shape::kN : 0));
 }
 
 /// What a basis point brings to a tile's rows and columns; of two basis points at a time, since threads that are ahead
@@ -60,15 +66,17 @@ struct MixSides {
 };
 
 /// The work of one block.
-template <class T, class Shape, bool Backward>
+template <class Shape, bool Backward>
 class Mixer {
  public:
+  using T = typename Shape::Element;
+
   __device__ __forceinline__ Mixer(const MixParams& q, MixSides<Shape>& sides, T* shared)
       : q_(q),
         sides_(sides),
         left_(shared),
-        right_(shared + Shape::kStages * kLeft),
-        input_(shared + Shape::kStages * (kLeft + kRight)),
+        right_(shared + Shape::kStages * Shape::kLeft),
+        input_(shared + Shape::kStages * (Shape::kLeft + Shape::kRight)),
         slices_(ceil_div(q.depth, Shape::kDepth)) {
     const TileIndex tile = TileIndex::of(blockIdx.x, q.product.tiles_down, q.product.tiles_across);
     row_ = tile.down * Shape::kM;
@@ -99,7 +107,7 @@ class Mixer {
         if (Backward && q_.dots && step != begin_) flush_dots(at.k - 1);
         if (at.k + 1 < q_.p.num_basis) prepare(at.k + 1);
       }
-      product.template add<true, !Backward>(left_ + stage * kLeft, right_ + stage * kRight, [](auto&, int) {});
+      product.template add<true, !Backward>(left_ + stage * Shape::kLeft, right_ + stage * Shape::kRight, NoFactors{});
       if (at.slice + 1 == slices_ || step + 1 == end_) {
         if (Backward && q_.dots) dot(at.k, product);
         mix(at.k, product, sum);
@@ -115,8 +123,6 @@ class Mixer {
   }
 
  private:
-  static constexpr int kLeft = Shape::kM * Shape::kDepth, kRight = Shape::kN * Shape::kDepth;
-
   /// The row, and the column, whose sides this thread looks after: rows first, then columns.
   __device__ __forceinline__ int64_t my_row() const { return row_ + threadIdx.x; }
   __device__ __forceinline__ bool has_row() const { return threadIdx.x < Shape::kM && my_row() < q_.p.rows(); }
@@ -128,8 +134,8 @@ class Mixer {
       const auto all = [](int) { return true; };
       const int64_t d = ahead_.slice * Shape::kDepth, depth = q_.depth - d, k = ahead_.k;
       const Part<T> left{q_.left.template at<T>(row_, d), q_.left.stride[0], p.rows() - row_, depth, q_.left_aligned};
-      fetch_tile<Shape::kM, Shape::kDepth, Shape::kThreads>(left_ + stage * kLeft, left, all);
-      T* const to = right_ + stage * kRight;
+      fetch_tile<Shape::kM, Shape::kDepth, Shape::kThreads>(left_ + stage * Shape::kLeft, left, all);
+      T* const to = right_ + stage * Shape::kRight;
       if constexpr (Backward) {
         const Part<T> right{p.basis.template at<T>(k, d, col_), p.basis.stride[1], depth, q_.cols - col_,
                             q_.basis_aligned};
@@ -203,8 +209,7 @@ class Mixer {
 #pragma unroll
         for (int j = 0; j < product.kColParts; ++j) {
           const int col = product.col(j);
-          const T* const pair = input_ + swizzled<Shape::kN>(row, col / kChunk * kChunk) + col % kChunk;
-          const float2 x = widen_pair<T>(*reinterpret_cast<const uint32_t*>(pair));
+          const float2 x = tile_pair<Shape::kN>(input_, row, col);
           if (col_ + col < q_.cols) total += product.at[i][j][2 * h] * x.x;
           if (col_ + col + 1 < q_.cols) total += product.at[i][j][2 * h + 1] * x.y;
         }
@@ -254,28 +259,23 @@ class Mixer {
   SliceCursor ahead_;                         // the next slice to fetch
 };
 
-template <class T, class Shape, bool Backward>
+template <class Shape, bool Backward>
 __global__ void __launch_bounds__(Shape::kThreads)
-    manifold_linear_mix_tensor_kernel(const __grid_constant__ MixParams q) {
-  NEUROMOD_DYNAMIC_SHARED(T, shared);
+    manifold_linear_mix_tiles_kernel(const __grid_constant__ MixParams q) {
+  NEUROMOD_DYNAMIC_SHARED(typename Shape::Element, shared);
   __shared__ MixSides<Shape> sides;
-  Mixer<T, Shape, Backward>(q, sides, shared).run();
+  Mixer<Shape, Backward>(q, sides, shared).run();
 }
 
 /// One product, and the second pass where it has splits.
 template <bool Backward>
-int launch_mix_tensor(const MixParams& q, stream_t stream) {
+int launch_mix_tiles(const MixParams& q, stream_t stream) {
   const dim3 grid(static_cast<unsigned>(q.product.tiles_down * q.product.tiles_across),
                   static_cast<unsigned>(q.product.splits));
-  dispatch_half(q.p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (q.product.plan == CudaPlan::large) {
-      NEUROMOD_LAUNCH((manifold_linear_mix_tensor_kernel<T, LargeShape, Backward>), grid, dim3(LargeShape::kThreads),
-                      (mix_shared_bytes<LargeShape, Backward>()), stream, q);
-    } else {
-      NEUROMOD_LAUNCH((manifold_linear_mix_tensor_kernel<T, SmallShape, Backward>), grid, dim3(SmallShape::kThreads),
-                      (mix_shared_bytes<SmallShape, Backward>()), stream, q);
-    }
+  dispatch_shape(q.p, q.product.plan, [&](auto tag) {
+    using Shape = typename decltype(tag)::type;
+    NEUROMOD_LAUNCH((manifold_linear_mix_tiles_kernel<Shape, Backward>), grid, dim3(Shape::kThreads),
+                    (mix_shared_bytes<Shape, Backward>()), stream, q);
   });
   if (const int status = launch_status(); status != 0 || !q.partial || !q.out) return status;
   const View out{q.out.data, {0, q.out.stride[0], 1}};

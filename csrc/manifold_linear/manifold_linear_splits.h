@@ -8,8 +8,36 @@
 
 namespace neuromod {
 
-using SmallShape = ProductShape<64, 64, 2, 2, 4>;
-using LargeShape = ProductShape<128, 128, 2, 4, 4>;
+template <class Math>
+using SmallShape = ProductShape<Math, 64, 64, 2, 2, 4>;
+template <class Math>
+using LargeShape = ProductShape<Math, 128, 128, 2, 4, 4>;
+
+/// Calls f with a tag of the 16-bit element type.
+template <class F>
+void dispatch_half(DType dtype, F&& f) {
+  dtype == DType::bfloat16 ? f(TypeTag<__nv_bfloat16>{}) : f(TypeTag<__half>{});
+}
+
+/// Likewise, or with float's.
+template <class F>
+void dispatch_narrow(DType dtype, F&& f) {
+  dtype == DType::float32 ? f(TypeTag<float>{}) : dispatch_half(dtype, f);
+}
+
+/// Calls f with a tag of the shape that plans small and large have for a dtype.
+template <class F>
+void dispatch_shape(const ManifoldLinearParams& p, CudaPlan plan, F&& f) {
+  const auto by_plan = [&](auto math) {
+    using Math = typename decltype(math)::type;
+    plan == CudaPlan::large ? f(TypeTag<LargeShape<Math>>{}) : f(TypeTag<SmallShape<Math>>{});
+  };
+  if (p.dtype == DType::float32) {
+    p.tf32 ? by_plan(TypeTag<Tf32Math>{}) : by_plan(TypeTag<PlainMath>{});
+  } else {
+    dispatch_half(p.dtype, [&](auto tag) { by_plan(TypeTag<HalfMath<typename decltype(tag)::type>>{}); });
+  }
+}
 
 /// Where pairs of neighbours of dP [K, O, I] go: into it, added to it, or into this split's partial sums.
 template <class T>
@@ -60,17 +88,11 @@ __global__ void __launch_bounds__(256)
   store_pair(to, sum.x, sum.y, cols - col);
 }
 
-/// Calls f with a tag of the 16-bit element type.
-template <class F>
-void dispatch_half(DType dtype, F&& f) {
-  dtype == DType::bfloat16 ? f(TypeTag<__nv_bfloat16>{}) : f(TypeTag<__half>{});
-}
-
 /// out [batches, rows, cols] from its partial sums.
 inline int launch_sum_splits(DType dtype, const float* partial, int64_t splits, const View& out, int64_t batches,
                              int64_t rows, int64_t cols, bool accumulate, stream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(batches * rows * partial_cols(cols) / 2, 256)));
-  dispatch_half(dtype, [&](auto tag) {
+  dispatch_narrow(dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     NEUROMOD_LAUNCH(manifold_linear_sum_splits_kernel<T>, grid, dim3(256), 0, stream, partial, splits, out, batches,
                     rows, cols, accumulate);

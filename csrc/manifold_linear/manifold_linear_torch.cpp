@@ -1,4 +1,5 @@
 // manifold_linear, host side: schema, checks, allocation, registration.
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -88,6 +89,7 @@ class Call {
     p.num_local = num_local;
     p.out_features = out_features;
     p.in_features = in_features;
+    p.tf32 = at::globalContext().allowTF32CuBLAS();
   }
   void input(const Tensor& t) { rows(keep(as_matrix(t)), p.input); }
   void output(const Tensor& t) { rows(keep(as_matrix(t)), p.output); }

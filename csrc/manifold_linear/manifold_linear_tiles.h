@@ -8,11 +8,11 @@
 namespace neuromod {
 
 // Plans small and large: y; dx and dc, those that are asked for; dP.
-int launch_forward_tensor(const ManifoldLinearParams& p, stream_t stream);
-int launch_grad_rows_tensor(const ManifoldLinearBackwardParams& q, stream_t stream);
-int launch_grad_basis_tensor(const ManifoldLinearBackwardParams& q, stream_t stream);
+int launch_forward_tiles(const ManifoldLinearParams& p, stream_t stream);
+int launch_grad_rows_tiles(const ManifoldLinearBackwardParams& q, stream_t stream);
+int launch_grad_basis_tiles(const ManifoldLinearBackwardParams& q, stream_t stream);
 
-// Plan fold: y; dx; dP and dc, those that are asked for.
+// Plan fold, 16-bit dtypes: y; dx; dP and dc, those that are asked for.
 int launch_forward_fold(const ManifoldLinearParams& p, stream_t stream);
 int launch_grad_input_fold(const ManifoldLinearBackwardParams& q, stream_t stream);
 int launch_fold_outer(const ManifoldLinearBackwardParams& q, stream_t stream);

@@ -1,16 +1,19 @@
-// The gradients of manifold_linear on tensor cores: dx and dc by the kernel of manifold_linear_mix.h, and
+// The gradients of manifold_linear in tiles: dx and dc by the kernel of manifold_linear_mix.h, and
 //
 //   dP[k,o,i] = (accumulate ? dP[k,o,i] : 0) + sum_r c[r,k] g[r,o] x[r,i]
 //
 // a product over the rows for each basis point, whose right operand is x with c multiplied in: in float32, and rounded
-// once, in the fragment. Rows on which k does not act are neither read nor added.
-// Grid: x tiles of dP_k (TileIndex) for each k, y splits of the rows. Reads g and x once a tile and c once a slice,
-// writes dP once, or with splits partial sums [splits, K, O, partial_cols(I)] for manifold_linear_sum_splits. No
-// atomics. Cost: 2 B T K O I flop; (B T (O + I) + K O I) 2 bytes at least. Error: B T + splits roundings of float32,
-// one of c x to the operands' dtype, one of the result. Oracle: manifold_linear.cu. Floor, predicted and not measured,
-// on an H100: as the forward pass.
+// once to the operands' dtype, in the fragment. Rows on which k does not act are neither read nor added.
+//
+// Grid: x tiles of dP_k (TileIndex) for each k, y splits of the rows. Reads g and x once a tile and c once a slice;
+// writes dP once, rounded once, or with splits partial sums [splits, K, O, partial_cols(I)] for
+// manifold_linear_sum_splits. No atomics.
+//
+// Cost: 2 B T K O I flop; B T (O + I) + K O I elements at least. Error: B T + splits roundings of float32, one of c x
+// to the operands' dtype, one of the result. Oracle: manifold_linear.cu. Floor, predicted and not measured, on an H100:
+// as the forward pass.
 #include "manifold_linear/manifold_linear_mix.h"
-#include "manifold_linear/manifold_linear_tensor.h"
+#include "manifold_linear/manifold_linear_tiles.h"
 
 namespace neuromod {
 namespace {
@@ -26,17 +29,18 @@ struct OuterParams {
 
 template <class Shape>
 constexpr size_t outer_shared_bytes() {
-  return 2 * Shape::kStages * (Shape::kM + Shape::kN) * Shape::kDepth;
+  return sizeof(typename Shape::Element) * Shape::kStages * (Shape::kLeft + Shape::kRight);
 }
 
 /// The work of one block.
-template <class T, class Shape>
+template <class Shape>
 class OuterProduct {
  public:
+  using T = typename Shape::Element;
   using Coeffs = float[Shape::kStages][Shape::kDepth];
 
   __device__ __forceinline__ OuterProduct(const OuterParams& q, Coeffs& coeffs, T* shared)
-      : q_(q), coeffs_(coeffs), left_(shared), right_(shared + Shape::kStages * kLeft) {
+      : q_(q), coeffs_(coeffs), left_(shared), right_(shared + Shape::kStages * Shape::kLeft) {
     const int64_t tiles = q.product.tiles_down * q.product.tiles_across;
     const TileIndex tile = TileIndex::of(blockIdx.x % tiles, q.product.tiles_down, q.product.tiles_across);
     k_ = blockIdx.x / tiles;
@@ -56,17 +60,14 @@ class OuterProduct {
       copy_async_wait<Shape::kStages - 2>();
       __syncthreads();
       fetch(step + Shape::kStages - 1, stage == 0 ? Shape::kStages - 1 : stage - 1);
-      const float* const c = coeffs_[stage];
-      sum.template add<false, false>(left_ + stage * kLeft, right_ + stage * kRight,
-                                     [c](uint32_t (&b)[2], int d) { scale(b, c + d); });
+      sum.template add<false, false>(left_ + stage * Shape::kLeft, right_ + stage * Shape::kRight,
+                                     static_cast<const float*>(coeffs_[stage]));
       stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
     }
     store(sum);
   }
 
  private:
-  static constexpr int kLeft = Shape::kM * Shape::kDepth, kRight = Shape::kN * Shape::kDepth;
-
   __device__ __forceinline__ bool acts(int64_t row) const {
     return row < q_.p.rows() && q_.p.entry(row / q_.p.tokens, k_) < q_.p.num_local;
   }
@@ -80,24 +81,14 @@ class OuterProduct {
                          q_.output_aligned};
       const Part<T> right{p.input.template at<T>(first, col_), p.input.stride[0], rows, p.in_features - col_,
                           q_.input_aligned};
-      fetch_tile<Shape::kDepth, Shape::kM, Shape::kThreads>(left_ + stage * kLeft, left, keep);
-      fetch_tile<Shape::kDepth, Shape::kN, Shape::kThreads>(right_ + stage * kRight, right, keep);
+      fetch_tile<Shape::kDepth, Shape::kM, Shape::kThreads>(left_ + stage * Shape::kLeft, left, keep);
+      fetch_tile<Shape::kDepth, Shape::kN, Shape::kThreads>(right_ + stage * Shape::kRight, right, keep);
       if (threadIdx.x < Shape::kDepth) {
         const int64_t row = first + threadIdx.x, b = row / p.tokens;
         coeffs_[stage][threadIdx.x] = acts(row) ? *p.coeff.template at<float>(b, p.entry(b, k_)) : 0.0f;
       }
     }
     copy_async_commit();
-  }
-
-  /// Multiplies the rows of a B fragment by their coefficients.
-  static __device__ __forceinline__ void scale(uint32_t (&b)[2], const float* c) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float2 factor = *reinterpret_cast<const float2*>(c + 8 * r + threadIdx.x % 4 * 2);
-      const float2 x = widen_pair<T>(b[r]);
-      b[r] = round_pair<T>(factor.x * x.x, factor.y * x.y);
-    }
   }
 
   __device__ __forceinline__ void store(const ProductSums<Shape>& sum) const {
@@ -117,12 +108,12 @@ class OuterProduct {
   int64_t k_, row_, col_, begin_, end_;  // the tile of dP_k; the block's share of the slices of rows
 };
 
-template <class T, class Shape>
+template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads)
-    manifold_linear_grad_basis_tensor_kernel(const __grid_constant__ OuterParams q) {
-  NEUROMOD_DYNAMIC_SHARED(T, shared);
+    manifold_linear_grad_basis_tiles_kernel(const __grid_constant__ OuterParams q) {
+  NEUROMOD_DYNAMIC_SHARED(typename Shape::Element, shared);
   __shared__ __align__(8) float coeffs[Shape::kStages][Shape::kDepth];
-  OuterProduct<T, Shape>(q, coeffs, shared).run();
+  OuterProduct<Shape>(q, coeffs, shared).run();
 }
 
 // dc[b,l] = sum of its terms (CudaDots) + sum_(t,o) g[b,t,o] beta[k,o] for k of l. Grid: x pairs (b, l), a block each.
@@ -131,7 +122,7 @@ template <class T, int Threads>
 __global__ void __launch_bounds__(Threads)
     manifold_linear_grad_coeff_sum_kernel(ManifoldLinearParams p, CudaDots terms, const float* dots, View out) {
   const int64_t b = blockIdx.x / p.num_local, l = blockIdx.x % p.num_local;
-  const int64_t k = (p.first_basis(b) + l) % p.num_basis, slices = ceil_div(p.out_features, kSliceDepth);
+  const int64_t k = (p.first_basis(b) + l) % p.num_basis, slices = ceil_div(p.out_features, slice_depth(p.dtype));
   const int64_t total = p.num_basis * slices;
   float sum = 0;
   for (int64_t split = 0; split < terms.splits; ++split) {
@@ -158,7 +149,7 @@ int launch_grad_coeff_sum(const ManifoldLinearBackwardParams& q, stream_t stream
   const dim3 grid(static_cast<unsigned>(p.batch * p.num_local));
   const float* const dots = static_cast<const float*>(cuda_dots_begin(q));
   const bool many = terms.tiles * terms.each + (p.bias ? p.tokens * p.out_features : 0) > 512;
-  dispatch_half(p.dtype, [&](auto tag) {
+  dispatch_narrow(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (many) {
       NEUROMOD_LAUNCH((manifold_linear_grad_coeff_sum_kernel<T, 256>), grid, dim3(256), 0, stream, p, terms, dots,
@@ -171,7 +162,7 @@ int launch_grad_coeff_sum(const ManifoldLinearBackwardParams& q, stream_t stream
   return launch_status();
 }
 
-int launch_grad_rows_tensor(const ManifoldLinearBackwardParams& q, stream_t stream) {
+int launch_grad_rows_tiles(const ManifoldLinearBackwardParams& q, stream_t stream) {
   const ManifoldLinearParams& p = q.p;
   MixParams mix{};
   mix.p = p;
@@ -183,15 +174,15 @@ int launch_grad_rows_tensor(const ManifoldLinearBackwardParams& q, stream_t stre
   if (mix.product.splits > 1) mix.partial = static_cast<float*>(p.workspace);
   if (q.grad_coeff) {
     mix.dots = static_cast<float*>(cuda_dots_begin(q));
-    mix.input_aligned = rows_are_aligned(p.input, 2, 2);
+    mix.input_aligned = rows_are_aligned(p.input, 2, element_bytes(p.dtype));
   }
-  mix.left_aligned = rows_are_aligned(p.output, 2, 2);
-  mix.basis_aligned = rows_are_aligned(p.basis, 3, 2);
-  if (const int status = launch_mix_tensor<true>(mix, stream)) return status;
+  mix.left_aligned = rows_are_aligned(p.output, 2, element_bytes(p.dtype));
+  mix.basis_aligned = rows_are_aligned(p.basis, 3, element_bytes(p.dtype));
+  if (const int status = launch_mix_tiles<true>(mix, stream)) return status;
   return q.grad_coeff ? launch_grad_coeff_sum(q, stream) : 0;
 }
 
-int launch_grad_basis_tensor(const ManifoldLinearBackwardParams& q, stream_t stream) {
+int launch_grad_basis_tiles(const ManifoldLinearBackwardParams& q, stream_t stream) {
   const ManifoldLinearParams& p = q.p;
   OuterParams outer{};
   outer.p = p;
@@ -199,19 +190,14 @@ int launch_grad_basis_tensor(const ManifoldLinearBackwardParams& q, stream_t str
   outer.out = q.grad_basis;
   outer.accumulate = q.accumulate;
   if (outer.product.splits > 1) outer.partial = static_cast<float*>(p.workspace);
-  outer.output_aligned = rows_are_aligned(p.output, 2, 2);
-  outer.input_aligned = rows_are_aligned(p.input, 2, 2);
+  outer.output_aligned = rows_are_aligned(p.output, 2, element_bytes(p.dtype));
+  outer.input_aligned = rows_are_aligned(p.input, 2, element_bytes(p.dtype));
   const dim3 grid(static_cast<unsigned>(outer.product.tiles_down * outer.product.tiles_across * p.num_basis),
                   static_cast<unsigned>(outer.product.splits));
-  dispatch_half(p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (outer.product.plan == CudaPlan::large) {
-      NEUROMOD_LAUNCH((manifold_linear_grad_basis_tensor_kernel<T, LargeShape>), grid, dim3(LargeShape::kThreads),
-                      outer_shared_bytes<LargeShape>(), stream, outer);
-    } else {
-      NEUROMOD_LAUNCH((manifold_linear_grad_basis_tensor_kernel<T, SmallShape>), grid, dim3(SmallShape::kThreads),
-                      outer_shared_bytes<SmallShape>(), stream, outer);
-    }
+  dispatch_shape(p, outer.product.plan, [&](auto tag) {
+    using Shape = typename decltype(tag)::type;
+    NEUROMOD_LAUNCH(manifold_linear_grad_basis_tiles_kernel<Shape>, grid, dim3(Shape::kThreads),
+                    outer_shared_bytes<Shape>(), stream, outer);
   });
   if (const int status = launch_status(); status != 0 || !outer.partial) return status;
   return launch_sum_splits(p.dtype, outer.partial, outer.product.splits, q.grad_basis, p.num_basis, p.out_features,
