@@ -23,15 +23,6 @@ struct ProductShape {
   static constexpr int kLeft = kM * kDepth, kRight = kN * kDepth;       // elements of a slice
 };
 
-/// Part of a matrix with dense rows, from `data` on: `rows` and `cols` are what is left of it, perhaps nothing.
-template <class T>
-struct Part {
-  const T* data;
-  int64_t stride;
-  int64_t rows, cols;
-  bool aligned;  // data and stride, to 16 bytes
-};
-
 /// Whether every row of a view begins at a multiple of 16 bytes.
 inline bool rows_are_aligned(const View& v, int dimensions, int64_t element_bytes) {
   bool aligned = reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
@@ -39,28 +30,68 @@ inline bool rows_are_aligned(const View& v, int dimensions, int64_t element_byte
   return aligned;
 }
 
-/// Starts to fill a tile [Rows, Cols]; zeros where the matrix has no element or `keep(row)` is false. By cp.async where
-/// rows are aligned, else element by element. The caller commits, waits and passes a barrier in either case.
-template <int Rows, int Cols, int Threads, class T, class Keep>
-__device__ __forceinline__ void fetch_tile(T* tile, const Part<T>& from, Keep keep) {
-  constexpr int chunk = kChunk<T>;
-  static_assert(Rows * Cols / chunk % Threads == 0);
+/// Keeps every row of a tile.
+struct KeepAll {
+  __device__ __forceinline__ bool operator()(int) const { return true; }
+};
+
+/// An operand as a block reads it, tile by tile down the depth: which chunks of each tile this thread copies, and from
+/// where. What does not depend on the tile is worked out once, since a copy's address costs more than the copy. Tiles
+/// are [Rows, Cols] in memory's order, Along as above: of an `Along` tile the columns run down the depth, else the
+/// rows.
+template <int Rows, int Cols, bool Along, int Threads, class T>
+class TileSource {
+ public:
+  /// From `data` on, `extent` rows (columns, if not Along) of the matrix are left; `stride` elements from row to row.
+  /// `aligned`: each row's address, to 16 bytes.
+  __device__ __forceinline__ TileSource(const T* data, int64_t stride, int64_t extent, bool aligned)
+      : row_(threadIdx.x / (Cols / kChunk<T>)),
+        col_(threadIdx.x % (Cols / kChunk<T>)*kChunk<T>),
+        extent_(Along ? limited(extent, Rows) : limited(extent - col_, kChunk<T>)),
+        aligned_(aligned),
+        first_(data + row_ * stride + col_),
+        step_(stride * kStep) {}
+
+  /// Starts to fill a tile from `offset` elements beyond data, where `depth` is left of the matrix; zeros where it has
+  /// no element or `keep(row)` is false. By cp.async where rows are aligned, else element by element. The caller
+  /// commits, waits and passes a barrier in either case.
+  template <class Keep = KeepAll>
+  __device__ __forceinline__ void fetch(T* tile, int64_t offset, int64_t depth, Keep keep = {}) const {
+    const int left = limited(depth, Along ? Cols : Rows), in_row = Along ? limited(left - col_, kChunk<T>) : extent_;
+    const T* from = first_ + offset;
+    T* to = tile + swizzled<Cols, T>(row_, col_);
+    if (aligned_) {
 #pragma unroll
-  for (int i = 0; i < Rows * Cols / chunk / Threads; ++i) {
-    const int unit = threadIdx.x + i * Threads, row = unit / (Cols / chunk), col = unit % (Cols / chunk) * chunk;
-    const int64_t left = row < from.rows && keep(row) ? from.cols - col : 0;
-    const int valid = left < 0 ? 0 : left < chunk ? static_cast<int>(left) : chunk;
-    const T* const source = from.data + row * from.stride + col;
-    T* const to = tile + swizzled<Cols, T>(row, col);
-    if (from.aligned) {
-      copy_async<16>(to, valid > 0 ? source : from.data, valid * static_cast<int>(sizeof(T)));
+      for (int i = 0; i < kCount; ++i)
+        copy_async<16>(to + i * kStep * Cols, from + i * step_, has_row(i, left, keep) ? in_row * kBytes : 0);
     } else {
-      const T zero = from_acc<T>(0.0f);
-#pragma unroll
-      for (int j = 0; j < chunk; ++j) to[j] = j < valid ? source[j] : zero;
+#pragma unroll 1
+      for (int i = 0; i < kCount; ++i, from += step_, to += kStep * Cols)
+        for (int j = 0; j < kChunk<T>; ++j) to[j] = has_row(i, left, keep) && j < in_row ? from[j] : from_acc<T>(0.0f);
     }
   }
-}
+
+ private:
+  static constexpr int kBytes = sizeof(T);
+  static constexpr int kCount = Rows * Cols / kChunk<T> / Threads;  // chunks of a tile that are this thread's
+  static constexpr int kStep = Threads / (Cols / kChunk<T>);        // rows between them
+  static_assert(kCount * kStep == Rows && kStep % 8 == 0, "swizzling has a period of eight rows");
+
+  static __device__ __forceinline__ int limited(int64_t n, int most) {
+    return n < 0 ? 0 : n < most ? static_cast<int>(n) : most;
+  }
+  template <class Keep>
+  __device__ __forceinline__ bool has_row(int i, int left, Keep keep) const {
+    const int row = row_ + i * kStep;
+    return Along ? row < extent_ : row < left && keep(row);
+  }
+
+  int row_, col_;  // in a tile, of the first chunk
+  int extent_;     // Along: rows of the tile that are there; else elements of this thread's chunks
+  bool aligned_;
+  const T* first_;  // the first chunk's place, at offset 0
+  int64_t step_;    // elements from chunk to chunk
+};
 
 /// This thread's elements of a result tile.
 template <class Shape>

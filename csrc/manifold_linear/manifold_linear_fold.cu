@@ -60,14 +60,16 @@ class Folder {
         left_(shared),
         right_(shared + Shape::kStages * Shape::kLeft),
         blended_(shared + Shape::kStages * (Shape::kLeft + Shape::kRight)),
-        slices_(ceil_div(q.depth, Shape::kDepth)) {
-    const int64_t tiles = q.tiles_down * q.tiles_across;
-    const TileIndex tile = TileIndex::of(blockIdx.x % tiles, q.tiles_down, q.tiles_across);
-    sample_ = blockIdx.x / tiles;
-    token_ = tile.down * Shape::kM;
-    col_ = tile.across * Shape::kN;
-    first_basis_ = q.p.first_basis(sample_);
-  }
+        slices_(ceil_div(q.depth, Shape::kDepth)),
+        tile_(TileIndex::of(blockIdx.x % tiles(), q.tiles_down, q.tiles_across)),
+        sample_(blockIdx.x / tiles()),
+        token_(tile_.down * Shape::kM),
+        col_(tile_.across * Shape::kN),
+        first_basis_(q.p.first_basis(sample_)),
+        left_source_(q.left.at<T>(sample_ * q.p.tokens + token_), q.left.stride[0], q.p.tokens - token_,
+                     q.left_aligned),
+        right_source_(Backward ? q.p.basis.at<T>(0, 0, col_) : q.p.basis.at<T>(0, col_), q.p.basis.stride[1],
+                      q.cols - col_, q.basis_aligned) {}
 
   __device__ __forceinline__ void run() {
     const int64_t terms = q_.p.num_local, steps = slices_ * terms;
@@ -120,6 +122,7 @@ class Folder {
     return (threadIdx.x + i * Shape::kThreads) % (kRightCols / kChunk<T>)*kChunk<T>;
   }
 
+  __device__ __forceinline__ int64_t tiles() const { return q_.tiles_down * q_.tiles_across; }
   __device__ __forceinline__ int64_t basis_point(int64_t l) const {
     const int64_t k = first_basis_ + l;
     return k < q_.p.num_basis ? k : k - q_.p.num_basis;
@@ -138,28 +141,16 @@ class Folder {
   }
 
   __device__ __forceinline__ void fetch_left(int64_t slice) {
-    if (slice >= slices_) return;
-    const int64_t d = slice * Shape::kDepth, row = sample_ * q_.p.tokens + token_;
-    const Part<T> part{q_.left.template at<T>(row, d), q_.left.stride[0], q_.p.tokens - token_, q_.depth - d,
-                       q_.left_aligned};
-    fetch_tile<Shape::kM, Shape::kDepth, Shape::kThreads>(left_ + slice % Shape::kStages * Shape::kLeft, part,
-                                                          [](int) { return true; });
+    const int64_t d = slice * Shape::kDepth;
+    if (slice < slices_) left_source_.fetch(left_ + slice % Shape::kStages * Shape::kLeft, d, q_.depth - d);
   }
 
   __device__ __forceinline__ void fetch_right(int64_t step) {
     if (fetched_slice_ == slices_) return;
     const View& basis = q_.p.basis;
-    const int64_t k = basis_point(fetched_), d = fetched_slice_ * Shape::kDepth;
-    const int64_t depth = q_.depth - d, cols = q_.cols - col_;
-    T* const to = right_ + step % Shape::kStages * Shape::kRight;
-    const auto all = [](int) { return true; };
-    if constexpr (Backward) {
-      const Part<T> part{basis.at<T>(k, d, col_), basis.stride[1], depth, cols, q_.basis_aligned};
-      fetch_tile<Shape::kDepth, Shape::kN, Shape::kThreads>(to, part, all);
-    } else {
-      const Part<T> part{basis.at<T>(k, col_, d), basis.stride[1], cols, depth, q_.basis_aligned};
-      fetch_tile<Shape::kN, Shape::kDepth, Shape::kThreads>(to, part, all);
-    }
+    const int64_t d = fetched_slice_ * Shape::kDepth, down = Backward ? d * basis.stride[1] : d;
+    right_source_.fetch(right_ + step % Shape::kStages * Shape::kRight, basis_point(fetched_) * basis.stride[0] + down,
+                        q_.depth - d);
     if (++fetched_ == q_.p.num_local) ++fetched_slice_, fetched_ = 0;
   }
 
@@ -219,7 +210,11 @@ class Folder {
   const FoldParams& q_;
   FoldSides<Shape>& sides_;
   T *left_, *right_, *blended_;
-  int64_t slices_, sample_, token_, col_, first_basis_;
+  int64_t slices_;
+  TileIndex tile_;
+  int64_t sample_, token_, col_, first_basis_;  // the tile's first token and column
+  TileSource<Shape::kM, Shape::kDepth, true, Shape::kThreads, T> left_source_;
+  TileSource<Backward ? Shape::kDepth : Shape::kN, kRightCols, !Backward, Shape::kThreads, T> right_source_;
   int64_t fetched_slice_ = 0, fetched_ = 0;  // the next tile of P to fetch: its slice and coefficient
 };
 

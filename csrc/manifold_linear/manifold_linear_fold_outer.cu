@@ -62,13 +62,14 @@ class FoldOuter {
         left_(shared),
         right_(shared + Shape::kStages * Shape::kLeft),
         basis_(shared + Shape::kStages * (Shape::kLeft + Shape::kRight)),
-        slices_(ceil_div(q.p.tokens, Shape::kDepth)) {
-    const int64_t tiles = q.product.tiles_down * q.product.tiles_across;
-    tile_ = blockIdx.x % tiles;
-    const TileIndex tile = TileIndex::of(tile_, q.product.tiles_down, q.product.tiles_across);
-    first_k_ = blockIdx.x / tiles * kGroup;
-    row_ = tile.down * Shape::kM;
-    col_ = tile.across * Shape::kN;
+        slices_(ceil_div(q.p.tokens, Shape::kDepth)),
+        tile_(blockIdx.x % tiles()),
+        at_(TileIndex::of(tile_, q.product.tiles_down, q.product.tiles_across)),
+        first_k_(blockIdx.x / tiles() * kGroup),
+        row_(at_.down * Shape::kM),
+        col_(at_.across * Shape::kN),
+        left_source_(q.p.output.at<T>(0, row_), q.p.output.stride[0], q.p.out_features - row_, q.output_aligned),
+        right_source_(q.p.input.at<T>(0, col_), q.p.input.stride[0], q.p.in_features - col_, q.input_aligned) {
     begin_ = q.p.batch * blockIdx.y / gridDim.y;
     end_ = q.p.batch * (blockIdx.y + 1) / gridDim.y;
   }
@@ -107,18 +108,15 @@ class FoldOuter {
   }
 
  private:
+  __device__ __forceinline__ int64_t tiles() const { return q_.product.tiles_down * q_.product.tiles_across; }
+
   /// Starts the copies of the next slice of tokens, if there is one; a group in any case.
   __device__ __forceinline__ void fetch(int stage) {
     if (fetched_sample_ < end_) {
       const ManifoldLinearParams& p = q_.p;
-      const auto all = [](int) { return true; };
       const int64_t t = fetched_slice_ * Shape::kDepth, row = fetched_sample_ * p.tokens + t;
-      const Part<T> left{p.output.template at<T>(row, row_), p.output.stride[0], p.tokens - t, p.out_features - row_,
-                         q_.output_aligned};
-      const Part<T> right{p.input.template at<T>(row, col_), p.input.stride[0], p.tokens - t, p.in_features - col_,
-                          q_.input_aligned};
-      fetch_tile<Shape::kDepth, Shape::kM, Shape::kThreads>(left_ + stage * Shape::kLeft, left, all);
-      fetch_tile<Shape::kDepth, Shape::kN, Shape::kThreads>(right_ + stage * Shape::kRight, right, all);
+      left_source_.fetch(left_ + stage * Shape::kLeft, row * p.output.stride[0], p.tokens - t);
+      right_source_.fetch(right_ + stage * Shape::kRight, row * p.input.stride[0], p.tokens - t);
       if (++fetched_slice_ == slices_) ++fetched_sample_, fetched_slice_ = 0;
     }
     copy_async_commit();
@@ -126,11 +124,11 @@ class FoldOuter {
 
   /// The group's tiles of P, with the first slice's group of copies.
   __device__ __forceinline__ void fetch_basis() {
-    for (int j = 0; j < kGroup && first_k_ + j < q_.p.num_basis; ++j) {
-      const Part<T> part{q_.p.basis.template at<T>(first_k_ + j, row_, col_), q_.p.basis.stride[1],
-                         q_.p.out_features - row_, q_.p.in_features - col_, q_.basis_aligned};
-      fetch_tile<Shape::kM, Shape::kN, Shape::kThreads>(basis_ + j * kTile, part, [](int) { return true; });
-    }
+    const View& basis = q_.p.basis;
+    const TileSource<Shape::kM, Shape::kN, true, Shape::kThreads, T> source(
+        basis.at<T>(first_k_, row_, col_), basis.stride[1], q_.p.out_features - row_, q_.basis_aligned);
+    for (int j = 0; j < kGroup && first_k_ + j < q_.p.num_basis; ++j)
+      source.fetch(basis_ + j * kTile, j * basis.stride[0], q_.p.in_features - col_);
   }
 
   /// Zeros where the tile reaches beyond G: an infinity times the padding may stand there.
@@ -210,8 +208,13 @@ class FoldOuter {
   const FoldOuterParams& q_;
   OuterSides<Shape>& sides_;
   T *left_, *right_, *basis_;
-  int64_t slices_, tile_, first_k_, row_, col_, begin_, end_;  // begin_ and end_: the block's samples
-  int64_t fetched_sample_ = 0, fetched_slice_ = 0;             // the next slice to fetch
+  int64_t slices_, tile_;
+  TileIndex at_;
+  int64_t first_k_, row_, col_;  // the group's first basis point, the tile's first output and input
+  TileSource<Shape::kDepth, Shape::kM, false, Shape::kThreads, T> left_source_;
+  TileSource<Shape::kDepth, Shape::kN, false, Shape::kThreads, T> right_source_;
+  int64_t begin_, end_;                             // the block's samples
+  int64_t fetched_sample_ = 0, fetched_slice_ = 0;  // the next slice to fetch
 };
 
 template <class Shape>

@@ -77,10 +77,13 @@ class Mixer {
         left_(shared),
         right_(shared + Shape::kStages * Shape::kLeft),
         input_(shared + Shape::kStages * (Shape::kLeft + Shape::kRight)),
-        slices_(ceil_div(q.depth, Shape::kDepth)) {
-    const TileIndex tile = TileIndex::of(blockIdx.x, q.product.tiles_down, q.product.tiles_across);
-    row_ = tile.down * Shape::kM;
-    col_ = tile.across * Shape::kN;
+        slices_(ceil_div(q.depth, Shape::kDepth)),
+        tile_(TileIndex::of(blockIdx.x, q.product.tiles_down, q.product.tiles_across)),
+        row_(tile_.down * Shape::kM),
+        col_(tile_.across * Shape::kN),
+        left_source_(q.left.at<T>(row_), q.left.stride[0], q.p.rows() - row_, q.left_aligned),
+        right_source_(Backward ? q.p.basis.at<T>(0, 0, col_) : q.p.basis.at<T>(0, col_), q.p.basis.stride[1],
+                      q.cols - col_, q.basis_aligned) {
     const int64_t total = q.p.num_basis * slices_, split = blockIdx.y, splits = gridDim.y;
     begin_ = total * split / splits;
     end_ = total * (split + 1) / splits;
@@ -130,21 +133,10 @@ class Mixer {
   /// Starts the copies of a slice, if the block has as many; a group in any case, so that waits can count groups.
   __device__ __forceinline__ void fetch(int64_t step, int stage) {
     if (step < end_) {
-      const ManifoldLinearParams& p = q_.p;
-      const auto all = [](int) { return true; };
-      const int64_t d = ahead_.slice * Shape::kDepth, depth = q_.depth - d, k = ahead_.k;
-      const Part<T> left{q_.left.template at<T>(row_, d), q_.left.stride[0], p.rows() - row_, depth, q_.left_aligned};
-      fetch_tile<Shape::kM, Shape::kDepth, Shape::kThreads>(left_ + stage * Shape::kLeft, left, all);
-      T* const to = right_ + stage * Shape::kRight;
-      if constexpr (Backward) {
-        const Part<T> right{p.basis.template at<T>(k, d, col_), p.basis.stride[1], depth, q_.cols - col_,
-                            q_.basis_aligned};
-        fetch_tile<Shape::kDepth, Shape::kN, Shape::kThreads>(to, right, all);
-      } else {
-        const Part<T> right{p.basis.template at<T>(k, col_, d), p.basis.stride[1], q_.cols - col_, depth,
-                            q_.basis_aligned};
-        fetch_tile<Shape::kN, Shape::kDepth, Shape::kThreads>(to, right, all);
-      }
+      const int64_t d = ahead_.slice * Shape::kDepth, depth = q_.depth - d;
+      const int64_t down = Backward ? d * q_.p.basis.stride[1] : d;
+      left_source_.fetch(left_ + stage * Shape::kLeft, d, depth);
+      right_source_.fetch(right_ + stage * Shape::kRight, ahead_.k * q_.p.basis.stride[0] + down, depth);
       ahead_.advance(slices_);
     }
     copy_async_commit();
@@ -152,9 +144,10 @@ class Mixer {
 
   /// The tile of x, with the first slice's group.
   __device__ __forceinline__ void fetch_input() {
-    const Part<T> input{q_.p.input.template at<T>(row_, col_), q_.p.input.stride[0], q_.p.rows() - row_, q_.cols - col_,
-                        q_.input_aligned};
-    fetch_tile<Shape::kM, Shape::kN, Shape::kThreads>(input_, input, [](int) { return true; });
+    const View& x = q_.p.input;
+    const TileSource<Shape::kM, Shape::kN, true, Shape::kThreads, T> source(x.at<T>(row_, col_), x.stride[0],
+                                                                            q_.p.rows() - row_, q_.input_aligned);
+    source.fetch(input_, 0, q_.cols - col_);
   }
 
   /// Basis point k's coefficients of the tile's rows and bias of its columns. A bias belongs to the block that begins
@@ -225,7 +218,7 @@ class Mixer {
     if (!has_row() || l >= q_.p.num_local) return;
     float total = 0;
     for (int warp = 0; warp < Shape::kWarpsN; ++warp) total += sides_.dots[k % 2][warp][threadIdx.x];
-    const int64_t slot = col_ / Shape::kN * gridDim.y + blockIdx.y;
+    const int64_t slot = tile_.across * gridDim.y + blockIdx.y;
     q_.dots[(slot * q_.p.rows() + my_row()) * q_.p.num_local + l] = total;
   }
 
@@ -254,9 +247,15 @@ class Mixer {
   const MixParams& q_;
   MixSides<Shape>& sides_;
   T *left_, *right_, *input_;
-  int64_t slices_, row_, col_, begin_, end_;  // the tile; the block's share of all slices
-  int64_t sample_, first_basis_;              // of my_row()
-  SliceCursor ahead_;                         // the next slice to fetch
+  int64_t slices_;
+  TileIndex tile_;
+  int64_t row_, col_;  // the tile's first
+  TileSource<Shape::kM, Shape::kDepth, true, Shape::kThreads, T> left_source_;
+  TileSource<Backward ? Shape::kDepth : Shape::kN, Backward ? Shape::kN : Shape::kDepth, !Backward, Shape::kThreads, T>
+      right_source_;
+  int64_t begin_, end_;           // the block's share of all slices
+  int64_t sample_, first_basis_;  // of my_row()
+  SliceCursor ahead_;             // the next slice to fetch
 };
 
 template <class Shape, bool Backward>

@@ -32,61 +32,85 @@ constexpr size_t outer_shared_bytes() {
   return sizeof(typename Shape::Element) * Shape::kStages * (Shape::kLeft + Shape::kRight);
 }
 
+/// Of the rows in each slice that is on its way: their coefficients, and which of them k acts on.
+template <class Shape>
+struct OuterRows {
+  static constexpr int kSlices = Shape::kStages + 1;
+  float coeff[kSlices][Shape::kDepth];
+  unsigned acts[kSlices];
+};
+
 /// The work of one block.
 template <class Shape>
 class OuterProduct {
  public:
   using T = typename Shape::Element;
-  using Coeffs = float[Shape::kStages][Shape::kDepth];
 
-  __device__ __forceinline__ OuterProduct(const OuterParams& q, Coeffs& coeffs, T* shared)
-      : q_(q), coeffs_(coeffs), left_(shared), right_(shared + Shape::kStages * Shape::kLeft) {
-    const int64_t tiles = q.product.tiles_down * q.product.tiles_across;
-    const TileIndex tile = TileIndex::of(blockIdx.x % tiles, q.product.tiles_down, q.product.tiles_across);
-    k_ = blockIdx.x / tiles;
-    row_ = tile.down * Shape::kM;
-    col_ = tile.across * Shape::kN;
+  __device__ __forceinline__ OuterProduct(const OuterParams& q, OuterRows<Shape>& rows, T* shared)
+      : q_(q),
+        rows_(rows),
+        left_(shared),
+        right_(shared + Shape::kStages * Shape::kLeft),
+        tile_(TileIndex::of(blockIdx.x % tiles(), q.product.tiles_down, q.product.tiles_across)),
+        k_(blockIdx.x / tiles()),
+        row_(tile_.down * Shape::kM),
+        col_(tile_.across * Shape::kN),
+        left_source_(q.p.output.at<T>(0, row_), q.p.output.stride[0], q.p.out_features - row_, q.output_aligned),
+        right_source_(q.p.input.at<T>(0, col_), q.p.input.stride[0], q.p.in_features - col_, q.input_aligned) {
     const int64_t total = ceil_div(q.p.rows(), Shape::kDepth), split = blockIdx.y, splits = gridDim.y;
     begin_ = total * split / splits;
     end_ = total * (split + 1) / splits;
   }
 
   __device__ __forceinline__ void run() {
-    for (int stage = 0; stage < Shape::kStages - 1; ++stage) fetch(begin_ + stage, stage);
+    for (int stage = 0; stage < Shape::kStages; ++stage) prepare(begin_ + stage, stage);
+    __syncthreads();
+    for (int stage = 0; stage < Shape::kStages - 1; ++stage) fetch(begin_ + stage, stage, stage);
     ProductSums<Shape> sum;
     sum.clear();
-    int stage = 0;
+    int stage = 0, slot = 0;  // of this slice: in the tiles' memory and in rows_
     for (int64_t step = begin_; step < end_; ++step) {
       copy_async_wait<Shape::kStages - 2>();
       __syncthreads();
-      fetch(step + Shape::kStages - 1, stage == 0 ? Shape::kStages - 1 : stage - 1);
+      fetch(step + Shape::kStages - 1, before(stage, Shape::kStages), before(before(slot, kSlices), kSlices));
+      prepare(step + Shape::kStages, before(slot, kSlices));
       sum.template add<false, false>(left_ + stage * Shape::kLeft, right_ + stage * Shape::kRight,
-                                     static_cast<const float*>(coeffs_[stage]));
+                                     static_cast<const float*>(rows_.coeff[slot]));
       stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+      slot = slot + 1 == kSlices ? 0 : slot + 1;
     }
     store(sum);
   }
 
  private:
-  __device__ __forceinline__ bool acts(int64_t row) const {
-    return row < q_.p.rows() && q_.p.entry(row / q_.p.tokens, k_) < q_.p.num_local;
+  static constexpr int kSlices = OuterRows<Shape>::kSlices;
+
+  static __device__ __forceinline__ int before(int i, int count) { return i == 0 ? count - 1 : i - 1; }
+  __device__ __forceinline__ int64_t tiles() const { return q_.product.tiles_down * q_.product.tiles_across; }
+
+  /// The first warp looks up a slice's rows, a barrier before they are fetched: a division for each row of a thread's
+  /// copies would cost more than the product.
+  __device__ __forceinline__ void prepare(int64_t step, int slot) {
+    if (threadIdx.x >= 32) return;
+    const ManifoldLinearParams& p = q_.p;
+    const int lane = threadIdx.x;
+    const int64_t row = step * Shape::kDepth + lane, b = row / p.tokens;
+    const bool there = lane < Shape::kDepth && step < end_ && row < p.rows();
+    const int64_t l = there ? p.entry(b, k_) : p.num_local;
+    const bool acts = l < p.num_local;
+    const unsigned all = __ballot_sync(0xffffffffu, acts);
+    if (lane < Shape::kDepth) rows_.coeff[slot][lane] = acts ? *p.coeff.template at<float>(b, l) : 0.0f;
+    if (lane == 0) rows_.acts[slot] = all;
   }
 
-  __device__ __forceinline__ void fetch(int64_t step, int stage) {
+  __device__ __forceinline__ void fetch(int64_t step, int stage, int slot) {
     if (step < end_) {
       const ManifoldLinearParams& p = q_.p;
-      const int64_t first = step * Shape::kDepth, rows = p.rows() - first;
-      const auto keep = [&](int r) { return !p.index || acts(first + r); };
-      const Part<T> left{p.output.template at<T>(first, row_), p.output.stride[0], rows, p.out_features - row_,
-                         q_.output_aligned};
-      const Part<T> right{p.input.template at<T>(first, col_), p.input.stride[0], rows, p.in_features - col_,
-                          q_.input_aligned};
-      fetch_tile<Shape::kDepth, Shape::kM, Shape::kThreads>(left_ + stage * Shape::kLeft, left, keep);
-      fetch_tile<Shape::kDepth, Shape::kN, Shape::kThreads>(right_ + stage * Shape::kRight, right, keep);
-      if (threadIdx.x < Shape::kDepth) {
-        const int64_t row = first + threadIdx.x, b = row / p.tokens;
-        coeffs_[stage][threadIdx.x] = acts(row) ? *p.coeff.template at<float>(b, p.entry(b, k_)) : 0.0f;
-      }
+      const unsigned acts = rows_.acts[slot];
+      const auto keep = [acts](int row) { return (acts >> row & 1u) != 0; };
+      const int64_t first = step * Shape::kDepth, left = p.rows() - first;
+      left_source_.fetch(left_ + stage * Shape::kLeft, first * p.output.stride[0], left, keep);
+      right_source_.fetch(right_ + stage * Shape::kRight, first * p.input.stride[0], left, keep);
     }
     copy_async_commit();
   }
@@ -103,17 +127,21 @@ class OuterProduct {
   }
 
   const OuterParams& q_;
-  Coeffs& coeffs_;  // of a stage's rows
+  OuterRows<Shape>& rows_;
   T *left_, *right_;
-  int64_t k_, row_, col_, begin_, end_;  // the tile of dP_k; the block's share of the slices of rows
+  TileIndex tile_;
+  int64_t k_, row_, col_;  // the tile's first, in dP_k
+  TileSource<Shape::kDepth, Shape::kM, false, Shape::kThreads, T> left_source_;
+  TileSource<Shape::kDepth, Shape::kN, false, Shape::kThreads, T> right_source_;
+  int64_t begin_, end_;  // the block's share of the slices of rows
 };
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads)
     manifold_linear_grad_basis_tiles_kernel(const __grid_constant__ OuterParams q) {
   NEUROMOD_DYNAMIC_SHARED(typename Shape::Element, shared);
-  __shared__ __align__(8) float coeffs[Shape::kStages][Shape::kDepth];
-  OuterProduct<Shape>(q, coeffs, shared).run();
+  __shared__ __align__(8) OuterRows<Shape> rows;
+  OuterProduct<Shape>(q, rows, shared).run();
 }
 
 // dc[b,l] = sum of its terms (CudaDots) + sum_(t,o) g[b,t,o] beta[k,o] for k of l. Grid: x pairs (b, l), a block each.
