@@ -102,9 +102,9 @@ class Mixer {
     sum.clear();
     int stage = 0;
     for (int64_t step = begin_; step < end_; ++step) {
+      // Behind the barrier this slice is there for all, and nobody reads the one before, whose place the fetch takes.
       copy_async_wait<Shape::kStages - 2>();
-      __syncthreads();  // this slice is there for all, and nobody reads the one before, whose place the next fetch
-                        // takes
+      __syncthreads();
       fetch(step + Shape::kStages - 1, stage == 0 ? Shape::kStages - 1 : stage - 1);
       if (step == begin_ || at.slice == 0) {
         if (Backward && q_.dots && step != begin_) flush_dots(at.k - 1);
@@ -150,8 +150,7 @@ class Mixer {
     source.fetch(input_, 0, q_.cols - col_);
   }
 
-  /// Basis point k's coefficients of the tile's rows and bias of its columns. A bias belongs to the block that begins
-  /// k.
+  /// Basis point k's coefficients of the tile's rows, and bias of its columns if this block begins k.
   __device__ __forceinline__ void prepare(int64_t k) {
     const ManifoldLinearParams& p = q_.p;
     const int i = threadIdx.x;
