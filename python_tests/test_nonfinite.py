@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import Backend
+from conftest import EMULATED, Backend
 from entry import Call
 from linear_entries import PLANS
 from op_entries import OPS
@@ -53,13 +53,17 @@ def calls(name: str, dtype: torch.dtype, cases: int, device: str = "cpu") -> Ite
             yield call
 
 
-def verify(name: str, dtype: torch.dtype, backend: Backend, cases: int) -> None:
+def verify(
+    name: str, dtype: torch.dtype, backend: Backend, cases: int, plan: str | None = None
+) -> None:
+    """``plan``: in what order kernels sum, where it is not what the CPU's cost model says."""
     op, function, tried = OPS[name], backend.op(name), 0
     for call in calls(name, dtype, cases, backend.device):
-        plan = op.plan(call) if op.plan and backend.name == "cpu" else None
+        if op.plan and backend.name == "cpu":
+            plan = op.plan(call)
         want = [e.value for e in op.expected(call, plan)]
         # A half type's odd depth is padded, and infinity times the padding is NaN.
-        padded = (plan == "fold" or op.pads) and dtype.itemsize == 2
+        padded = (plan == "fold" or op.pads) and dtype.itemsize == 2 and backend.name == "cpu"
         for got, expected in zip(op.run(function, call), want, strict=True):
             numbers = got.double().cpu().numpy()
             for of in (np.isfinite,) if padded else KINDS:
@@ -69,8 +73,23 @@ def verify(name: str, dtype: torch.dtype, backend: Backend, cases: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_positions(name: str, dtype: torch.dtype, backend: Backend) -> None:
+def test_positions(
+    name: str, dtype: torch.dtype, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEUROMOD_CUDA_PLAN", "small")  # or SIMT: in the order of expand
     verify(name, dtype, backend, backend.cases(24))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("plan", ["simt", "large", "fold"])
+@pytest.mark.parametrize("name", PLANNED)
+def test_positions_in_every_cuda_plan(
+    name: str, plan: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEUROMOD_CUDA_PLAN", plan)
+    torch.ops.load_library(str(EMULATED))
+    emulated = Backend("emulated", torch.ops.neuromod_emulated, "cpu", 1.0)
+    verify(name, dtype, emulated, 2, "fold" if plan == "fold" else None)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -1,6 +1,6 @@
 // What a kernel's thread may ask of the emulator: where it is, to wait, to show its warp a value, to give up.
-// Everything device_functions.h offers is built from these few calls; a new warp-wide instruction (mma.sync, say) needs
-// one WarpExchange of its operands and no change to the scheduler.
+// Everything device_functions.h offers is built from these few calls; a new warp-wide instruction needs one
+// WarpExchange of its operands and no change to the scheduler.
 #pragma once
 
 #include <cstddef>
@@ -37,6 +37,12 @@ void wait_for_warp(const char* operation, CallSite site);
 /// The running block's dynamic shared memory.
 void* dynamic_shared();
 
+/// cp.async of the calling thread (async_copies.h): to start one copy, to close the open group, to wait for all groups
+/// but the newest. A thread that ends with a copy under way ends the launch.
+void start_copy(void* to, const void* from, unsigned bytes, unsigned valid, CallSite site);
+void commit_copies();
+void wait_for_copies(unsigned newest);
+
 /// The most bytes one lane can show its warp at once: the A and B fragments of one m16n8k16 product fit.
 constexpr size_t kExchangeBytes = 32;
 
@@ -44,6 +50,10 @@ constexpr size_t kExchangeBytes = 32;
 /// slot, or null if the warp has no such lane. See WarpExchange for the order of calls.
 unsigned publish(const void* value, size_t bytes);
 const void* published(unsigned lane, unsigned slot);
+
+/// Whether the calling lane is the one of its warp that runs first after an exchange: what it then does is done before
+/// any other lane goes on.
+bool first_of_warp();
 
 /// One value from each lane of the calling warp, readable by all of them.
 ///

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "emulator/async_copies.h"
 #include "emulator/fiber.h"
 
 namespace neuromod::emulator {
@@ -62,6 +63,7 @@ struct Fiber {
   CallSite site;
   unsigned exchanges;  // published so far; the next one's slot is its lowest bit
   alignas(16) unsigned char slots[2][kExchangeBytes];
+  AsyncCopies copies;
 
   bool waiting() const { return state == FiberState::waiting_for_warp || state == FiberState::waiting_for_block; }
 
@@ -110,6 +112,8 @@ class BlockScheduler {
   unsigned publish(const void* value, size_t bytes);
   const void* published(unsigned lane, unsigned slot) const;
   void* dynamic_shared() const { return shared_->data(); }
+  AsyncCopies& copies() { return running_->copies; }
+  bool first_of_warp() const;
 
  private:
   static void fiber_main() noexcept;
@@ -178,6 +182,7 @@ void BlockScheduler::start_fibers() {
     fiber.state = FiberState::ready;
     fiber.thread_index = unravel(i, launch_->block);
     fiber.exchanges = 0;
+    fiber.copies.forget();
     fiber.context.start(stacks_.get() + i * kStackStride, kStackBytes, &BlockScheduler::fiber_main);
     canary(i) = kCanary;
   }
@@ -229,6 +234,7 @@ void BlockScheduler::fiber_main() noexcept {
   BlockScheduler& block = *g_scheduler;
   FiberContext::arrive(block.scheduler_);
   block.launch_->thread();
+  if (const CallSite* const site = block.copies().pending()) block.fail("cp.async that no wait has completed", *site);
   block.running_->state = FiberState::finished;
   FiberContext::leave(block.running_->context, block.scheduler_);
 }
@@ -254,6 +260,11 @@ unsigned BlockScheduler::publish(const void* value, size_t bytes) {
 const void* BlockScheduler::published(unsigned lane, unsigned slot) const {
   const unsigned i = running_index() / kWarpSize * kWarpSize + lane;
   return i < count_ ? fibers_[i].slots[slot] : nullptr;
+}
+
+bool BlockScheduler::first_of_warp() const {
+  const unsigned lane = running_index() % kWarpSize, lanes = std::min(kWarpSize, count_ - (running_index() - lane));
+  return lane == in_order(0, lanes);
 }
 
 void require_launchable(const Launch& launch) {
@@ -289,6 +300,12 @@ void wait_for_warp(const char* operation, CallSite site) {
 }
 void fail(const char* message, CallSite site) { running_block().fail(message, site); }
 void* dynamic_shared() { return running_block().dynamic_shared(); }
+void start_copy(void* to, const void* from, unsigned bytes, unsigned valid, CallSite site) {
+  running_block().copies().start(to, from, bytes, valid, site);
+}
+void commit_copies() { running_block().copies().commit(); }
+void wait_for_copies(unsigned newest) { running_block().copies().wait(newest); }
+bool first_of_warp() { return running_block().first_of_warp(); }
 unsigned publish(const void* value, size_t bytes) { return running_block().publish(value, bytes); }
 const void* published(unsigned lane, unsigned slot) { return running_block().published(lane, slot); }
 

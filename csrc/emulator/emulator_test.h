@@ -28,6 +28,15 @@ void launch_widen(HalfType type, const uint16_t* bits, float* value, int n);
 void launch_round_float(HalfType type, const float* value, uint16_t* bits, int n);
 void launch_round_double(HalfType type, const double* value, uint16_t* bits, int n);
 
+// Tensor cores and the copies that feed them (common/tensor_core.h).
+void launch_copy(int bytes, const unsigned char* x, unsigned char* y, int size, unsigned threads);
+void launch_pipeline(const float* x, float* y, int tiles, unsigned threads);
+void launch_matrices(uint32_t* out);
+void launch_multiply_half(HalfType type, const uint16_t* a, const uint16_t* b, float* d);
+void launch_multiply_tf32(const uint32_t* a, const uint32_t* b, float* d);
+void launch_multiply_double(const double* a, const double* b, double* d);
+void launch_to_tf32(const float* value, uint32_t* bits, int n);
+
 // What only the emulator has: an order to observe, and mistakes it is to notice.
 void launch_order_of_arrival(int* order, int* counter, unsigned threads);
 void launch_uninitialised_shared(float* out);
@@ -39,5 +48,18 @@ void launch_mixed_barriers(int* out);
 void launch_partial_mask(int* out);
 void launch_failed_check(int* out);
 void launch_too_many_threads(int* out);
+enum class ExchangeMistake {
+  none,
+  no_wait,
+  no_commit,
+  wait_for_older,
+  no_barrier,
+  no_barrier_before_reuse,
+  misaligned_shared,
+  misaligned_global
+};
+void launch_exchange(ExchangeMistake mistake, const float* x, float* y, int n);
+enum class ProductMistake { none, misaligned_row, in_branch };
+void launch_product_mistake(ProductMistake mistake, float* out, unsigned threads);
 
 }  // namespace neuromod::emulator_test

@@ -271,6 +271,7 @@ static void check_everything() {
   check_work("");
 #endif
   check_half_types();
+  check_tensor_core();
 }
 
 }  // namespace neuromod::emulator_test

@@ -1,5 +1,5 @@
 // Kernels with a mistake planted, which the emulator must notice. They compile for a GPU but must not run on one.
-#include "common/cuda_kernel.h"
+#include "common/tensor_core.h"
 #include "emulator/emulator_test.h"
 
 namespace neuromod::emulator_test {
@@ -56,6 +56,41 @@ __global__ void failed_check_kernel(int* out) {
   out[threadIdx.x] = 1;
 }
 
+/// y[i] = x[i ^ 33] for two arrays in turn through one buffer: each element is copied by a thread of the other warp.
+__global__ void exchange_kernel(ExchangeMistake mistake, const float* x, float* y, int n) {
+  NEUROMOD_DYNAMIC_SHARED(float, buffer);
+  const int i = threadIdx.x;
+  for (int turn = 0; turn < 2; ++turn, x += n, y += n) {
+    if (mistake == ExchangeMistake::misaligned_shared) {
+      copy_async<8>(&buffer[i | 1], x);
+    } else if (mistake == ExchangeMistake::misaligned_global) {
+      copy_async<8>(&buffer[i / 2 * 2], x + 1);
+    } else {
+      copy_async<4>(&buffer[i], x + i);
+    }
+    if (mistake != ExchangeMistake::no_commit) copy_async_commit();
+    if (mistake == ExchangeMistake::wait_for_older) {
+      copy_async_wait<1>();
+    } else if (mistake != ExchangeMistake::no_wait) {
+      copy_async_wait<0>();
+    }
+    if (mistake != ExchangeMistake::no_barrier) __syncthreads();
+    y[i] = buffer[i ^ 33];
+    if (mistake != ExchangeMistake::no_barrier_before_reuse) __syncthreads();
+  }
+  if (mistake == ExchangeMistake::wait_for_older) copy_async_wait<0>();
+}
+
+__global__ void product_mistake_kernel(ProductMistake mistake, float* out) {
+  NEUROMOD_DYNAMIC_SHARED(uint32_t, buffer);
+  const int i = threadIdx.x;
+  uint32_t a[4] = {}, b[2] = {};
+  float d[4] = {};
+  if (mistake == ProductMistake::misaligned_row) load_matrix(b, &buffer[4 * (i % 16) + 1]);
+  if (mistake != ProductMistake::in_branch || i != 7) multiply_add<__nv_bfloat16>(d, a, b);
+  out[i] = d[0];
+}
+
 }  // namespace
 
 void launch_order_of_arrival(int* order, int* counter, unsigned threads) {
@@ -76,5 +111,12 @@ void launch_mixed_barriers(int* out) { NEUROMOD_LAUNCH(mixed_barriers_kernel, 1,
 void launch_partial_mask(int* out) { NEUROMOD_LAUNCH(partial_mask_kernel, 1, 64, 0, nullptr, out); }
 void launch_failed_check(int* out) { NEUROMOD_LAUNCH(failed_check_kernel, 1, 64, 0, nullptr, out); }
 void launch_too_many_threads(int* out) { NEUROMOD_LAUNCH(barrier_in_branch_kernel, 1, 1025, 0, nullptr, out); }
+
+void launch_exchange(ExchangeMistake mistake, const float* x, float* y, int n) {
+  NEUROMOD_LAUNCH(exchange_kernel, 1, n, n * sizeof(float), nullptr, mistake, x, y, n);
+}
+void launch_product_mistake(ProductMistake mistake, float* out, unsigned threads) {
+  NEUROMOD_LAUNCH(product_mistake_kernel, 1, threads, 72 * sizeof(uint32_t), nullptr, mistake, out);
+}
 
 }  // namespace neuromod::emulator_test

@@ -30,6 +30,7 @@ void require(bool condition, const std::string& message);
 int failures();
 
 void check_half_types();
+void check_tensor_core();
 
 /// An array that kernels can reach.
 template <class T>

@@ -1,4 +1,5 @@
-// manifold_linear in CUDA: plain SIMT kernels for every dtype, the oracle of faster ones.
+// manifold_linear in CUDA: the launchers, and plain SIMT kernels for every dtype, the oracle of the faster ones
+// (manifold_linear_tiles.h), which take all dtypes but float64.
 //
 // All four contractions are built from one 64 x 64 product tile: 256 threads of 4 x 4 sums each, operands staged
 // through shared memory 16 deep. Sums run in float32 (float64 for float64): depth in order, then k in order. Tails are
@@ -7,6 +8,7 @@
 #include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "manifold_linear/manifold_linear.h"
+#include "manifold_linear/manifold_linear_tiles.h"
 
 namespace neuromod {
 namespace {
@@ -16,6 +18,7 @@ constexpr int kDepth = 16;  // of a staged slice
 constexpr int kThreads = 256;
 constexpr int kPerThread = 4;              // rows, and columns, a thread sums
 constexpr int kSide = kTile / kPerThread;  // threads along a side
+constexpr int kBiasWarps = 16;             // of a block that sums the bias's gradient
 constexpr int64_t kMaxGrid = 65535;        // of grid dimensions y and z
 
 /// This thread's elements of a product tile: rows row() + i, columns col() + j.
@@ -162,16 +165,25 @@ __global__ void __launch_bounds__(kThreads) manifold_linear_grad_coeff_tokens_ke
   *p.coeff.at<Acc>(b, l) = sum;
 }
 
-// dbeta[k,o] = sum_r c[r,k] g[r,o], r in order; one thread an element.
+// dbeta[k,o] = sum_r c[r,k] g[r,o]. Grid: x 32 columns, y basis points (strided). A warp adds every 16th row in order;
+// then the warps' sums are added in order.
 template <class T, class Acc>
-__global__ void __launch_bounds__(kThreads) manifold_linear_grad_bias_kernel(ManifoldLinearParams p) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.num_basis * p.out_features) return;
-  const int64_t k = i / p.out_features, o = i % p.out_features;
-  Acc sum = 0, c;
-  for (int64_t row = 0; row < p.rows(); ++row)
-    if (coefficient(p, row, k, c)) sum += c * to_acc<Acc>(*p.output.at<T>(row, o));
-  *p.bias.at<T>(k, o) = from_acc<T>(sum);
+__global__ void __launch_bounds__(32 * kBiasWarps) manifold_linear_grad_bias_kernel(ManifoldLinearParams p) {
+  __shared__ Acc partial[kBiasWarps][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t o = int64_t(blockIdx.x) * 32 + lane;
+  for (int64_t k = blockIdx.y; k < p.num_basis; k += gridDim.y) {
+    Acc sum = 0, c;
+    for (int64_t row = warp; row < p.rows(); row += kBiasWarps)
+      if (o < p.out_features && coefficient(p, row, k, c)) sum += c * to_acc<Acc>(*p.output.at<T>(row, o));
+    partial[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && o < p.out_features) {
+      for (int i = 1; i < kBiasWarps; ++i) sum += partial[i][lane];
+      *p.bias.at<T>(k, o) = from_acc<T>(sum);
+    }
+    __syncthreads();
+  }
 }
 
 // dP[k,o,i] = (accumulate ? dP[k,o,i] : 0) + sum_r c[r,k] g[r,o] x[r,i].
@@ -235,42 +247,71 @@ int launch_mix(const ManifoldLinearParams& p, View rows, View weight, View out, 
 }  // namespace
 
 int launch_manifold_linear_forward(const ManifoldLinearParams& p, stream_t stream) {
+  if (cuda_folds(p)) return launch_forward_fold(p, stream);
+  if (cuda_forward(p).plan != CudaPlan::simt) return launch_forward_tiles(p, stream);
   const View transposed{p.basis.data, {p.basis.stride[0], p.basis.stride[2], p.basis.stride[1]}};
   return launch_mix(p, p.input, transposed, p.output, p.in_features, p.out_features, stream);
 }
 
-int launch_manifold_linear_backward(const ManifoldLinearBackwardParams& q, stream_t stream) {
-  const ManifoldLinearParams& p = q.p;
+namespace {
+
+int launch_grad_rows(const ManifoldLinearBackwardParams& q, stream_t stream) {
+  ManifoldLinearParams p = q.p;
+  if (cuda_grad_rows(p).plan != CudaPlan::simt) return launch_grad_rows_tiles(q, stream);
   if (q.grad_input) {
-    ManifoldLinearParams plain = p;
-    plain.bias = View{};
-    if (const int status = launch_mix(plain, p.output, p.basis, q.grad_input, p.out_features, p.in_features, stream))
+    p.bias = View{};
+    if (const int status = launch_mix(p, p.output, p.basis, q.grad_input, p.out_features, p.in_features, stream))
       return status;
   }
+  if (!q.grad_coeff) return 0;
+  p = q.p;
+  p.workspace = cuda_dots_begin(q);
   return launch(p, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Acc = accumulator_t<T>;
-    ManifoldLinearParams result = p;
-    if (q.grad_basis) {
-      result.basis = q.grad_basis;
-      const dim3 grid(tiles(p.in_features), bounded(tiles(p.out_features)), bounded(p.num_basis));
-      NEUROMOD_LAUNCH((manifold_linear_grad_basis_kernel<T, Acc>), grid, dim3(kThreads), 0, stream, result,
-                      q.accumulate);
-    }
-    if (q.grad_bias) {
-      result.bias = q.grad_bias;
-      NEUROMOD_LAUNCH((manifold_linear_grad_bias_kernel<T, Acc>), blocks(p.num_basis * p.out_features), dim3(kThreads),
-                      0, stream, result);
-    }
-    if (q.grad_coeff) {
-      result = p;
-      const dim3 grid(tiles(p.rows()), bounded(p.num_basis));
-      NEUROMOD_LAUNCH((manifold_linear_grad_coeff_rows_kernel<T, Acc>), grid, dim3(kThreads), 0, stream, p);
-      result.coeff = q.grad_coeff;
-      NEUROMOD_LAUNCH((manifold_linear_grad_coeff_tokens_kernel<T, Acc>), blocks(p.batch * p.num_local), dim3(kThreads),
-                      0, stream, result);
-    }
+    const dim3 grid(tiles(p.rows()), bounded(p.num_basis));
+    NEUROMOD_LAUNCH((manifold_linear_grad_coeff_rows_kernel<T, Acc>), grid, dim3(kThreads), 0, stream, p);
+    p.coeff = q.grad_coeff;
+    NEUROMOD_LAUNCH((manifold_linear_grad_coeff_tokens_kernel<T, Acc>), blocks(p.batch * p.num_local), dim3(kThreads),
+                    0, stream, p);
   });
+}
+
+int launch_grad_basis(const ManifoldLinearBackwardParams& q, stream_t stream) {
+  if (cuda_grad_basis(q.p).plan != CudaPlan::simt) return launch_grad_basis_tiles(q, stream);
+  ManifoldLinearParams p = q.p;
+  p.basis = q.grad_basis;
+  return launch(p, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const dim3 grid(tiles(p.in_features), bounded(tiles(p.out_features)), bounded(p.num_basis));
+    NEUROMOD_LAUNCH((manifold_linear_grad_basis_kernel<T, accumulator_t<T>>), grid, dim3(kThreads), 0, stream, p,
+                    q.accumulate);
+  });
+}
+
+int launch_grad_bias(const ManifoldLinearBackwardParams& q, stream_t stream) {
+  ManifoldLinearParams p = q.p;
+  p.bias = q.grad_bias;
+  return launch(p, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const dim3 grid(static_cast<unsigned>(ceil_div(p.out_features, 32)), bounded(p.num_basis));
+    NEUROMOD_LAUNCH((manifold_linear_grad_bias_kernel<T, accumulator_t<T>>), grid, dim3(32 * kBiasWarps), 0, stream, p);
+  });
+}
+
+}  // namespace
+
+int launch_manifold_linear_backward(const ManifoldLinearBackwardParams& q, stream_t stream) {
+  int status = 0;
+  if (cuda_folds(q.p)) {
+    if (q.grad_input) status = launch_grad_input_fold(q, stream);
+    if (status == 0 && (q.grad_basis || q.grad_coeff)) status = launch_fold_outer(q, stream);
+  } else {
+    if (q.grad_input || q.grad_coeff) status = launch_grad_rows(q, stream);
+    if (status == 0 && q.grad_basis) status = launch_grad_basis(q, stream);
+  }
+  if (status == 0 && q.grad_bias) status = launch_grad_bias(q, stream);
+  return status;
 }
 
 }  // namespace neuromod

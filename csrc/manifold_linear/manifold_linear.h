@@ -24,7 +24,8 @@ struct ManifoldLinearParams {
   View index;            // first basis point [B], int64, or null; any integer, counted modulo K
   View output;           // y, g  [B T, O], unit stride in a row, rows apart
   View bias;             // beta  [K, O], unit stride in a row, or null
-  void* workspace;       // CUDA grad_coeff only: [B T, L], accumulation type
+  bool tf32;             // CUDA, float32: products may round their operands to tf32
+  void* workspace;       // CUDA only: as much as manifold_linear_cuda_plan.h says
 
   NEUROMOD_HOST_DEVICE int64_t rows() const { return batch * tokens; }
   /// The basis point of a sample's first coefficient.

@@ -1,15 +1,18 @@
 // manifold_linear, host side: schema, checks, allocation, registration.
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <array>
+#include <cstdlib>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "common/host.h"
 #include "manifold_linear/manifold_linear.h"
+#include "manifold_linear/manifold_linear_cuda_plan.h"
 
 namespace neuromod {
 namespace {
@@ -86,6 +89,7 @@ class Call {
     p.num_local = num_local;
     p.out_features = out_features;
     p.in_features = in_features;
+    p.tf32 = at::globalContext().allowTF32CuBLAS();
   }
   void input(const Tensor& t) { rows(keep(as_matrix(t)), p.input); }
   void output(const Tensor& t) { rows(keep(as_matrix(t)), p.output); }
@@ -110,6 +114,16 @@ class Call {
   std::array<Tensor, 4> kept_;
   int count_ = 0;
 };
+
+/// Memory that CUDA kernels use between them; none for the CPU's. Freed to torch's allocator when the call returns,
+/// which keeps it from other streams until the kernels are through.
+Tensor cuda_workspace(const char* op, const Tensor& like, int64_t bytes) {
+  CudaPlan plan{};
+  const char* const forced = std::getenv("NEUROMOD_CUDA_PLAN");
+  TORCH_CHECK_VALUE(!forced || forced[0] == '\0' || forced_cuda_plan(plan), op,
+                    ": expected NEUROMOD_CUDA_PLAN to be simt, small, large or fold, got ", forced, "; unset it");
+  return bytes > 0 ? at::empty({bytes}, like.options().dtype(at::kByte)) : Tensor();
+}
 
 Tensor forward(const char* op, const Tensor& input, const Tensor& basis, const Tensor* index, const Tensor& coeff,
                const OptionalTensor& bias) {
@@ -139,6 +153,11 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& basis, const T
   call.bias(bias);
   call.index(index);
   call.p.output = mutable_view(as_matrix(output));
+  Tensor workspace;
+  if (runs_cuda_kernels(input.device())) {
+    workspace = cuda_workspace(op, input, cuda_forward_workspace(call.p));
+    if (workspace.defined()) call.p.workspace = workspace.mutable_data_ptr();
+  }
   run(op, input.device(), NEUROMOD_KERNEL(manifold_linear_forward), call.p);
   return output;
 }
@@ -172,9 +191,9 @@ void backward(const char* op, Call& call, const Gradients& results, const Tensor
   if (results.coeff.defined()) q.grad_coeff = mutable_view(results.coeff);
   if (results.bias.defined()) q.grad_bias = mutable_view(results.bias);
   Tensor workspace;
-  if (runs_cuda_kernels(grad_output.device()) && results.coeff.defined()) {
-    workspace = at::empty({p.rows(), p.num_local}, results.coeff.options());
-    q.p.workspace = workspace.mutable_data_ptr();
+  if (runs_cuda_kernels(grad_output.device())) {
+    workspace = cuda_workspace(op, grad_output, cuda_backward_workspace(q));
+    if (workspace.defined()) q.p.workspace = workspace.mutable_data_ptr();
   }
   run(op, grad_output.device(), NEUROMOD_KERNEL(manifold_linear_backward), q);
 }

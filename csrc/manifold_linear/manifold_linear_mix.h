@@ -1,0 +1,283 @@
+// The kernel behind y and dx of manifold_linear, and behind dc, which comes along with dx:
+//
+//   out[r,n] = sum_k c[r,k] (sum_d left[r,d] P[k,n,d] + beta[k,n])      forward:   left = x, d = i, n = o
+//   out[r,n] = sum_k c[r,k]  sum_d left[r,d] P[k,d,n]                   backward:  left = g, d = o, n = i
+//   dots[r,k] = sum_n x[r,n] sum_d left[r,d] P[k,d,n]                   backward, on request
+//
+// Grid: x tiles of the result (TileIndex), y splits. A block walks its share of the K ceil(depth / kDepth) slices: k
+// outside, the depth inside, kStages - 1 slices on their way by cp.async. The product of one k stays in its own
+// accumulators and is added with the row's float32 c when k ends, so c meets no rounded operand, and P_k need not act
+// on a row at all. Where a share ends within a k, what there is of the product is added; whoever begins a k adds its
+// bias.
+//
+// Reads left and P once a tile (L2 serves the repeats), c and beta once a k, x once. Writes out once, rounded once, or
+// with splits partial sums [splits, B T, partial_cols(n)] for manifold_linear_sum_splits; dots [tiles across, splits, B
+// T, L] once, for those splits that a k meets. No atomics: the order of sums follows from shapes alone.
+//
+// Cost: 2 B T K depth n flop; B T depth + K depth n + B T n elements at least, where left is re-read for each k from
+// L2. Error: depth + K + splits roundings of float32 on a path, and that of the result; with tf32, of both operands.
+// Oracle: manifold_linear.cu.
+//
+// Floor, predicted and not measured, on an H100 (790 TFLOP/s by wgmma, of which mma.sync reaches about two thirds):
+// (4096, 4096, 4096, 3) bfloat16: 412 Gflop, 0.52 ms, by mma.sync about 0.8 ms. B = 1, 16: 100 MB of P, 34 us at 3
+// TB/s.
+#pragma once
+
+#include "common/product_tile.h"
+#include "manifold_linear/manifold_linear.h"
+#include "manifold_linear/manifold_linear_cuda_plan.h"
+#include "manifold_linear/manifold_linear_splits.h"
+
+namespace neuromod {
+
+struct MixParams {
+  ManifoldLinearParams p;
+  CudaProduct product;
+  View left;  // [B T, depth]
+  View out;   // [B T, cols], or null
+  int64_t depth, cols;
+  float* partial;  // with splits, instead of out
+  float* dots;     // or null
+  bool left_aligned, basis_aligned, input_aligned;
+};
+
+/// Which slice a block works on.
+struct SliceCursor {
+  int64_t k, slice;
+  __device__ __forceinline__ void advance(int64_t slices) {
+    if (++slice == slices) ++k, slice = 0;
+  }
+};
+
+template <class Shape, bool Backward>
+constexpr size_t mix_shared_bytes() {
+  const size_t slices = Shape::kStages * (Shape::kLeft + Shape::kRight);
+  return sizeof(typename Shape::Element) * (slices + (Backward ? Shape::kM * Shape::kN : 0));
+}
+
+/// What a basis point brings to a tile's rows and columns; of two basis points at a time, since threads that are ahead
+/// fetch the next one's while others still mix this one's.
+template <class Shape>
+struct MixSides {
+  float coeff[2][Shape::kM];
+  bool acts[2][Shape::kM];
+  float bias[2][Shape::kN];
+  float dots[2][Shape::kWarpsN][Shape::kM];
+};
+
+/// The work of one block.
+template <class Shape, bool Backward>
+class Mixer {
+ public:
+  using T = typename Shape::Element;
+
+  __device__ __forceinline__ Mixer(const MixParams& q, MixSides<Shape>& sides, T* shared)
+      : q_(q),
+        sides_(sides),
+        left_(shared),
+        right_(shared + Shape::kStages * Shape::kLeft),
+        input_(shared + Shape::kStages * (Shape::kLeft + Shape::kRight)),
+        slices_(ceil_div(q.depth, Shape::kDepth)),
+        tile_(TileIndex::of(blockIdx.x, q.product.tiles_down, q.product.tiles_across)),
+        row_(tile_.down * Shape::kM),
+        col_(tile_.across * Shape::kN),
+        left_source_(q.left.at<T>(row_), q.left.stride[0], q.p.rows() - row_, q.left_aligned),
+        right_source_(Backward ? q.p.basis.at<T>(0, 0, col_) : q.p.basis.at<T>(0, col_), q.p.basis.stride[1],
+                      q.cols - col_, q.basis_aligned) {
+    const int64_t total = q.p.num_basis * slices_, split = blockIdx.y, splits = gridDim.y;
+    begin_ = total * split / splits;
+    end_ = total * (split + 1) / splits;
+    sample_ = has_row() ? my_row() / q.p.tokens : 0;
+    first_basis_ = q.p.first_basis(sample_);
+  }
+
+  __device__ __forceinline__ void run() {
+    SliceCursor at{begin_ / slices_, begin_ % slices_};
+    ahead_ = at;
+    if (Backward && q_.dots) fetch_input();
+    for (int stage = 0; stage < Shape::kStages - 1; ++stage) fetch(begin_ + stage, stage);
+    prepare(at.k);
+    ProductSums<Shape> product, sum;
+    product.clear();
+    sum.clear();
+    int stage = 0;
+    for (int64_t step = begin_; step < end_; ++step) {
+      // Behind the barrier this slice is there for all, and nobody reads the one before, whose place the fetch takes.
+      copy_async_wait<Shape::kStages - 2>();
+      __syncthreads();
+      fetch(step + Shape::kStages - 1, stage == 0 ? Shape::kStages - 1 : stage - 1);
+      if (step == begin_ || at.slice == 0) {
+        if (Backward && q_.dots && step != begin_) flush_dots(at.k - 1);
+        if (at.k + 1 < q_.p.num_basis) prepare(at.k + 1);
+      }
+      product.template add<true, !Backward>(left_ + stage * Shape::kLeft, right_ + stage * Shape::kRight, NoFactors{});
+      if (at.slice + 1 == slices_ || step + 1 == end_) {
+        if (Backward && q_.dots) dot(at.k, product);
+        mix(at.k, product, sum);
+      }
+      at.advance(slices_);
+      stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+    }
+    if (Backward && q_.dots) {
+      __syncthreads();
+      flush_dots((end_ - 1) / slices_);
+    }
+    if (q_.out) store(sum);
+  }
+
+ private:
+  /// The row, and the column, whose sides this thread looks after: rows first, then columns.
+  __device__ __forceinline__ int64_t my_row() const { return row_ + threadIdx.x; }
+  __device__ __forceinline__ bool has_row() const { return threadIdx.x < Shape::kM && my_row() < q_.p.rows(); }
+
+  /// Starts the copies of a slice, if the block has as many; a group in any case, so that waits can count groups.
+  __device__ __forceinline__ void fetch(int64_t step, int stage) {
+    if (step < end_) {
+      const int64_t d = ahead_.slice * Shape::kDepth, depth = q_.depth - d;
+      const int64_t down = Backward ? d * q_.p.basis.stride[1] : d;
+      left_source_.fetch(left_ + stage * Shape::kLeft, d, depth);
+      right_source_.fetch(right_ + stage * Shape::kRight, ahead_.k * q_.p.basis.stride[0] + down, depth);
+      ahead_.advance(slices_);
+    }
+    copy_async_commit();
+  }
+
+  /// The tile of x, with the first slice's group.
+  __device__ __forceinline__ void fetch_input() {
+    const View& x = q_.p.input;
+    const TileSource<Shape::kM, Shape::kN, true, Shape::kThreads, T> source(x.at<T>(row_, col_), x.stride[0],
+                                                                            q_.p.rows() - row_, q_.input_aligned);
+    source.fetch(input_, 0, q_.cols - col_);
+  }
+
+  /// Basis point k's coefficients of the tile's rows, and bias of its columns if this block begins k.
+  __device__ __forceinline__ void prepare(int64_t k) {
+    const ManifoldLinearParams& p = q_.p;
+    const int i = threadIdx.x;
+    if (i < Shape::kM) {
+      const int64_t l = p.entry_from(first_basis_, k);
+      const bool acts = has_row() && l < p.num_local;
+      sides_.acts[k % 2][i] = acts;
+      sides_.coeff[k % 2][i] = acts ? *p.coeff.template at<float>(sample_, l) : 0.0f;
+    } else if (!Backward && i < Shape::kM + Shape::kN) {
+      const int64_t n = col_ + i - Shape::kM;
+      const bool there = p.bias && n < q_.cols && begin_ <= k * slices_;
+      sides_.bias[k % 2][i - Shape::kM] = there ? to_acc<float>(*p.bias.template at<T>(k, n)) : 0.0f;
+    }
+  }
+
+  /// sum += c (product + bias) where k acts; the product begins anew.
+  __device__ __forceinline__ void mix(int64_t k, ProductSums<Shape>& product, ProductSums<Shape>& sum) const {
+#pragma unroll
+    for (int i = 0; i < sum.kRowParts; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = sum.row(i, h);
+        const bool acts = sides_.acts[k % 2][row];
+        const float c = sides_.coeff[k % 2][row];
+#pragma unroll
+        for (int j = 0; j < sum.kColParts; ++j) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const float bias = Backward ? 0.0f : sides_.bias[k % 2][sum.col(j) + e];
+            const float all = sum.at[i][j][2 * h + e] + c * (product.at[i][j][2 * h + e] + bias);
+            sum.at[i][j][2 * h + e] = acts ? all : sum.at[i][j][2 * h + e];
+          }
+        }
+      }
+    }
+    product.clear();
+  }
+
+  /// Each row's dot product of `product` with x, by warp: its columns in order in a thread, then four threads' sums.
+  __device__ __forceinline__ void dot(int64_t k, const ProductSums<Shape>& product) const {
+    const int warp_col = threadIdx.x / 32 % Shape::kWarpsN;
+#pragma unroll
+    for (int i = 0; i < product.kRowParts; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = product.row(i, h);
+        float total = 0;
+#pragma unroll
+        for (int j = 0; j < product.kColParts; ++j) {
+          const int col = product.col(j);
+          const float2 x = tile_pair<Shape::kN>(input_, row, col);
+          if (col_ + col < q_.cols) total += product.at[i][j][2 * h] * x.x;
+          if (col_ + col + 1 < q_.cols) total += product.at[i][j][2 * h + 1] * x.y;
+        }
+        total += __shfl_xor_sync(0xffffffffu, total, 1);
+        total += __shfl_xor_sync(0xffffffffu, total, 2);
+        if (threadIdx.x % 4 == 0) sides_.dots[k % 2][warp_col][row] = total;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void flush_dots(int64_t k) const {
+    const int64_t l = q_.p.entry_from(first_basis_, k);
+    if (!has_row() || l >= q_.p.num_local) return;
+    float total = 0;
+    for (int warp = 0; warp < Shape::kWarpsN; ++warp) total += sides_.dots[k % 2][warp][threadIdx.x];
+    const int64_t slot = tile_.across * gridDim.y + blockIdx.y;
+    q_.dots[(slot * q_.p.rows() + my_row()) * q_.p.num_local + l] = total;
+  }
+
+  __device__ __forceinline__ void store(const ProductSums<Shape>& sum) const {
+#pragma unroll
+    for (int i = 0; i < sum.kRowParts; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int64_t row = row_ + sum.row(i, h);
+        if (row >= q_.p.rows()) continue;
+#pragma unroll
+        for (int j = 0; j < sum.kColParts; ++j) {
+          const int64_t col = col_ + sum.col(j);
+          const float first = sum.at[i][j][2 * h], second = sum.at[i][j][2 * h + 1];
+          if (!q_.partial) {
+            store_pair(q_.out.template at<T>(row, col), first, second, q_.cols - col);
+          } else if (col < q_.cols) {
+            const int64_t at = (blockIdx.y * q_.p.rows() + row) * partial_cols(q_.cols) + col;
+            *reinterpret_cast<float2*>(q_.partial + at) = make_float2(first, second);
+          }
+        }
+      }
+    }
+  }
+
+  const MixParams& q_;
+  MixSides<Shape>& sides_;
+  T *left_, *right_, *input_;
+  int64_t slices_;
+  TileIndex tile_;
+  int64_t row_, col_;  // the tile's first
+  TileSource<Shape::kM, Shape::kDepth, true, Shape::kThreads, T> left_source_;
+  TileSource<Backward ? Shape::kDepth : Shape::kN, Backward ? Shape::kN : Shape::kDepth, !Backward, Shape::kThreads, T>
+      right_source_;
+  int64_t begin_, end_;           // the block's share of all slices
+  int64_t sample_, first_basis_;  // of my_row()
+  SliceCursor ahead_;             // the next slice to fetch
+};
+
+template <class Shape, bool Backward>
+__global__ void __launch_bounds__(Shape::kThreads)
+    manifold_linear_mix_tiles_kernel(const __grid_constant__ MixParams q) {
+  NEUROMOD_DYNAMIC_SHARED(typename Shape::Element, shared);
+  __shared__ MixSides<Shape> sides;
+  Mixer<Shape, Backward>(q, sides, shared).run();
+}
+
+/// One product, and the second pass where it has splits.
+template <bool Backward>
+int launch_mix_tiles(const MixParams& q, stream_t stream) {
+  const dim3 grid(static_cast<unsigned>(q.product.tiles_down * q.product.tiles_across),
+                  static_cast<unsigned>(q.product.splits));
+  dispatch_shape(q.p, q.product.plan, [&](auto tag) {
+    using Shape = typename decltype(tag)::type;
+    NEUROMOD_LAUNCH((manifold_linear_mix_tiles_kernel<Shape, Backward>), grid, dim3(Shape::kThreads),
+                    (mix_shared_bytes<Shape, Backward>()), stream, q);
+  });
+  if (const int status = launch_status(); status != 0 || !q.partial || !q.out) return status;
+  const View out{q.out.data, {0, q.out.stride[0], 1}};
+  return launch_sum_splits(q.p.dtype, q.partial, q.product.splits, out, 1, q.p.rows(), q.cols, false, stream);
+}
+
+}  // namespace neuromod

@@ -1,0 +1,188 @@
+"""The plans of manifold_linear's CUDA kernels, emulated: each is right by itself.
+
+A plan is forced by the environment variable NEUROMOD_CUDA_PLAN: ``simt`` are the plain kernels, the
+others run on tensor cores, float32 only where torch allows it tf32.
+"""
+
+import ctypes
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bounds import check, exact
+from conftest import EMULATED, Backend
+from entry import Call
+from linear_entries import LINEAR, linear_call
+from op_entries import OPS
+from sampling import LAYOUTS, Draw, name_of, placed
+
+NAMES = [op.name for op in LINEAR]
+HALF = (torch.bfloat16, torch.float16)
+NARROW = (*HALF, torch.float32)
+CUDA_PLANS = ("simt", "small", "large", "fold")
+BACKWARD = ("manifold_linear_backward", "gxPcb")
+RAGGED = [  # B, tokens, K, O, I: beside the edges of slices (32) and tiles (64, 128, 256)
+    (130, (), 2, 129, 40),
+    (3, (66,), 3, 72, 136),
+    (2, (260,), 2, 33, 65),
+    (5, (), 6, 30, 450),
+]
+every_plan = pytest.mark.parametrize("plan", CUDA_PLANS)
+narrow = pytest.mark.parametrize("dtype", NARROW, ids=name_of)
+
+
+@pytest.fixture(scope="session")
+def emulated() -> Backend:
+    assert EMULATED.exists(), f"{EMULATED.name} is not built: run `make`"
+    torch.ops.load_library(str(EMULATED))
+    return Backend("emulated", torch.ops.neuromod_emulated, "cpu", 1.0)
+
+
+@pytest.fixture
+def forced(plan: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("NEUROMOD_CUDA_PLAN", plan)
+    return plan
+
+
+def verify(name: str, emulated: Backend, call: Call, draw: Draw) -> None:
+    op = OPS[name]
+    want = op.expected(call)
+    for got, expected in zip(op.run(emulated.op(name), call), want, strict=True):
+        check(got, expected, draw)
+
+
+def full_call(draw: Draw, roles: str, sizes: tuple[Any, ...]) -> Call:
+    """All operands and all results, with an index half of the basis points."""
+    B, middle, K, O, I = sizes
+    local = (K + 1) // 2 if "i" in roles else None
+    call = linear_call(draw, roles, B, middle, K, O, I, bias=True, L=local)
+    if call.others:
+        call.others["needed"] = [True] * 4
+    return call
+
+
+@pytest.mark.parametrize(
+    "cases", [pytest.param(3, id="quick"), pytest.param(100, id="full", marks=pytest.mark.full)]
+)
+@narrow
+@pytest.mark.parametrize("name", NAMES)
+@every_plan
+def test_fuzz(name: str, dtype: torch.dtype, forced: str, cases: int, emulated: Backend) -> None:
+    """Any sizes, empty ones included, in any layout."""
+    for i in range(cases):
+        draw = Draw(f"{forced}/{name}/{name_of(dtype)}/{i}", dtype, layouts=LAYOUTS)
+        verify(name, emulated, OPS[name].draw(draw, 20_000), draw)
+
+
+@pytest.mark.parametrize("sizes", RAGGED, ids=str)
+@every_plan
+def test_ragged(sizes: tuple[Any, ...], forced: str, emulated: Backend) -> None:
+    """Forward, all gradients at once and the update in place, dense or with an index."""
+    for i, (name, roles) in enumerate(
+        {
+            "manifold_linear": "xPcb",
+            "manifold_linear_local_backward": "gxPicb",
+            "manifold_linear_update_": "Pgxc",
+        }.items()
+    ):
+        draw = Draw(f"ragged/{sizes}/{name}", NARROW[i])
+        verify(name, emulated, full_call(draw, roles, sizes), draw)
+
+
+@narrow
+@every_plan
+def test_alignment_does_not_matter(dtype: torch.dtype, forced: str, emulated: Backend) -> None:
+    """Rows that cp.async can copy give the same bits as rows it cannot."""
+    name, roles = BACKWARD
+    draw = Draw(f"aligned/{name_of(dtype)}", dtype)
+    call = full_call(draw, roles, (40, (3,), 3, 48, 64))
+    moved = call.map(lambda t: placed(t, "offset"))
+    first = [
+        *OPS[name].run(emulated.op(name), call),
+        emulated.op("manifold_linear")(*call.tensors[1:]),
+    ]
+    other = [
+        *OPS[name].run(emulated.op(name), moved),
+        emulated.op("manifold_linear")(*moved.tensors[1:]),
+    ]
+    assert moved.tensors[1].data_ptr() % 16 != 0
+    for a, b in zip(first, other, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_plan
+def test_every_choice_of_gradients(forced: str, emulated: Backend) -> None:
+    """A gradient is the same bits without the others."""
+    name, roles = BACKWARD
+    call = full_call(Draw("mask", torch.bfloat16), roles, (6, (3,), 2, 40, 150))
+    everything = OPS[name].run(emulated.op(name), call)
+    for mask in itertools.product((True, False), repeat=4):
+        some = OPS[name].run(emulated.op(name), Call(call.tensors, {"needed": list(mask)}))
+        for need, got, want in zip(mask, some, everything, strict=True):
+            assert torch.equal(got, want) if need else got.shape == (0,), mask
+
+
+@every_plan
+def test_in_any_order_of_threads(forced: str, emulated: Backend) -> None:
+    """The same bits with lanes, warps and blocks in reverse: no barrier is missing."""
+    reverse: Callable[[bool], None] = ctypes.CDLL(str(EMULATED)).neuromod_emulator_reverse_lanes
+    name, roles = BACKWARD
+    call = full_call(Draw("reversed", torch.float16), roles, (4, (40,), 5, 70, 130))
+    forward = emulated.op("manifold_linear")
+    first = [*OPS[name].run(emulated.op(name), call), forward(*call.tensors[1:])]
+    reverse(True)
+    try:
+        other = [*OPS[name].run(emulated.op(name), call), forward(*call.tensors[1:])]
+    finally:
+        reverse(False)
+    for a, b in zip(first, other, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def _tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_tf32")
+@pytest.mark.parametrize("plan", ["small", "large"])
+def test_tf32_where_torch_allows_it(forced: str, emulated: Backend) -> None:
+    """Both operands of a product are rounded to 11 bits, by 2⁻¹¹ each; nothing else changes."""
+    name, roles = BACKWARD
+    call = full_call(Draw("tf32", torch.float32), roles, (37, (2,), 3, 67, 70))
+    for op, arguments in ((name, call), ("manifold_linear", Call(call.tensors[1:]))):
+        exactly = OPS[op].run(emulated.op(op), arguments)
+        for got, want in zip(exactly, OPS[op].expected(arguments), strict=True):
+            error = np.abs(exact(got) - want.value)
+            assert (error <= 2 * 2.0**-11 * want.scale + want.bound()).all()
+            if got.shape != arguments.tensors[-1].shape:  # no product behind the bias's gradient
+                assert (error > want.bound()).any()
+
+
+def test_tensor_cores_are_the_rule(emulated: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a forced plan: small tiles for a small batch, fold for samples of many tokens."""
+    for sizes, plan in (((70, (), 3, 64, 300), "small"), ((2, (256,), 3, 64, 96), "fold")):
+        call = full_call(Draw(plan, torch.bfloat16), "xPcb", sizes)
+        by_plan = {}
+        for name in (plan, "simt", ""):
+            monkeypatch.setenv("NEUROMOD_CUDA_PLAN", name)
+            by_plan[name] = emulated.op("manifold_linear")(*call.tensors)
+        assert torch.equal(by_plan[""], by_plan[plan])
+        assert not torch.equal(by_plan["simt"], by_plan[plan])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_plan_is_refused(
+    name: str, emulated: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEUROMOD_CUDA_PLAN", "quickly")
+    words = "expected NEUROMOD_CUDA_PLAN to be simt, small, large or fold, got quickly; unset it"
+    call = OPS[name].large(Draw("unknown", torch.float32))
+    with pytest.raises(ValueError, match=f"{name}: {words}"):
+        OPS[name].run(emulated.op(name), call)
