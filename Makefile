@@ -14,6 +14,7 @@ VENV_FLAGS := --system-site-packages
 EXTRAS := papers,test
 else
 EXTRAS := dev
+WORKERS := -n 2 --dist worksteal
 endif
 
 .DEFAULT_GOAL := build
@@ -59,10 +60,10 @@ gpu-here:
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "neuromod_ext: make gpu needs a CUDA GPU, and nvidia-smi finds none here" >&2; exit 1; }
 
 test: build
-	@$(PY) -m pytest -m "not full and not gpu" $(ARGS)
+	@$(PY) -m pytest $(WORKERS) -m "not full and not gpu" $(ARGS)
 
 test-full: build
-	@$(PY) -m pytest -m "not gpu" $(ARGS)
+	@$(PY) -m pytest $(WORKERS) -m "not gpu" $(ARGS)
 
 lint: build
 	@$(PY) -m ruff check .

@@ -158,8 +158,6 @@ class Form:
         return self._summed(terms)
 
     def grad_bias(self) -> Array:
-        if self.plan.startswith("fold"):
-            return self._summed(einsum("bk,bo->bko", self.c, self.g.sum(1)))
         return self._summed(einsum("bk,bto->bko", self.c, self.g))
 
     def _summed(self, terms: Array) -> Array:

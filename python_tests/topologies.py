@@ -1,6 +1,7 @@
 """Topologies of every kind, and how the tests draw their conditions."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -61,7 +62,10 @@ SMALL += [Simplex(3), Cylinder(), *CUSTOM]
 
 
 def named(topologies):
-    return pytest.mark.parametrize("t", topologies, ids=repr)
+    def name(t):  # the same in every process
+        return re.sub(r" at 0x\w+", "", repr(t))
+
+    return pytest.mark.parametrize("t", topologies, ids=name)
 
 
 def draw(t, n=64, seed=0):

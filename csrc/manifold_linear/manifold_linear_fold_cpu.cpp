@@ -308,12 +308,11 @@ class FoldBackward : Fold {
     }
   }
 
-  void add_bias(int64_t b, Block block, A* bias_sums) const {
-    A columns[kBlock] = {};
-    for (int64_t t = 0; t < p_.tokens; ++t)
-      vectors<T>().add_scaled(block.outs, A(1), p_.output.at<T>(b * p_.tokens + t, block.first_out), columns);
+  void add_bias(int64_t b, Block block, A* sums) const {
     for (int64_t l = 0; l < p_.num_local; ++l)
-      vectors<A>().add_scaled(block.outs, *p_.coeff.at<A>(b, l), columns, bias_sums + basis_point(b, l) * kBlock);
+      for (int64_t t = 0; t < p_.tokens; ++t)
+        vectors<T>().add_scaled(block.outs, *p_.coeff.at<A>(b, l), p_.output.at<T>(b * p_.tokens + t, block.first_out),
+                                sums + basis_point(b, l) * kBlock);
   }
 
   /// A block of g_b^T x_b over tokens from `first` on, by tiles that go from cache into dP_k and dc. g is turned over,
