@@ -1,6 +1,7 @@
 """What every test file shares: one thread, no state left behind, and the backends of the ops.
 
-``pytest -m "not full"`` is the quick tier, ``pytest`` the whole.
+``pytest -m "not full"`` is the quick tier, ``pytest`` the whole; ``--backend cuda`` takes only what
+runs on that backend.
 """
 
 import gc
@@ -15,11 +16,30 @@ import torch
 
 from neuromod_ext._ops import CPU_ONLY  # registers the ops, too
 
+BACKENDS = ("cpu", "emulated", "cuda")
 EMULATED = Path(__file__).parents[1] / "build" / "libneuromod_emulated.so"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=BACKENDS, help="only what runs on this backend")
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With --backend, files that have nothing for it are not imported: some need more packages."""
+    if config.getoption("backend") is None or collection_path.suffix != ".py":
+        return None
+    return True if "backend: Backend" not in collection_path.read_text() else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("backend")
+    if wanted is not None:
+        calls = [(item, getattr(item, "callspec", None)) for item in items]
+        items[:] = [item for item, call in calls if call and call.params.get("backend") == wanted]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +72,7 @@ class Backend:
 
 @pytest.fixture(
     scope="session",
-    params=["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])],
+    params=[name for name in BACKENDS if name != "cuda" or torch.cuda.is_available()],
 )
 def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "emulated":

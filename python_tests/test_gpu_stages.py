@@ -1,18 +1,24 @@
 """``make gpu``: its stages, with commands that need no GPU."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sanitizer_cases
+import test_gpu
 import torch
 
 from benchmarks.gpu import __main__ as driver
 from benchmarks.gpu import bench
 from benchmarks.speed import harness, results
 from benchmarks.speed.runner import BENCHES
+from neuromod_ext import _ops
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,19 +44,54 @@ GREETS = "import os; print(os.environ['WORD'])"
 def test_each_stage_leaves_its_outcome(run) -> None:
     status, found = run(
         {
+            "hangs": stage("import time; print('begun', flush=True); time.sleep(60)", limit=2),
             "greets": stage(GREETS),
             "fails": stage("raise SystemExit('no')", GREETS),
-            "hangs": stage("import time; print('begun', flush=True); time.sleep(60)", limit=2),
+        },
+        seconds=122,
+    )
+    assert status == 1
+    assert [found[name]["status"] for name in found] == ["timed out", "passed", "failed"]
+    (hung,), (greeted,) = found["hangs"]["commands"], found["greets"]["commands"]
+    assert hung["said"] == ["begun"]
+    assert found["hangs"]["seconds"] < 20
+    command = f"python -c {GREETS}"  # no path of this machine
+    assert greeted == {"command": command, "status": "passed", "said": ["hello"]}
+    assert [(each["status"], each["said"]) for each in found["fails"]["commands"]] == [
+        *(("failed", ["no"]), ("passed", ["hello"])),
+    ]
+
+
+def test_time_that_is_left_goes_to_the_next(run, monkeypatch) -> None:
+    limits = []
+    monkeypatch.setattr(driver, "run_stage", lambda _, limit, log: limits.append(limit) or [])
+    every = {"one": stage("", limit=20), "two": stage("", limit=30), "three": stage("", limit=40)}
+    run(every, seconds=100)
+    assert limits == pytest.approx([30, 60, 100], abs=5)  # nothing ran, so nothing was spent
+    limits.clear()
+    run(every, seconds=45)
+    assert limits == pytest.approx([20, 30, 45], abs=5)
+
+
+def test_what_cannot_run_here_is_skipped(run, capsys) -> None:
+    refuses = "print('Device not supported', flush=True); raise SystemExit(1)"
+    some = stage(refuses, "raise SystemExit('no')", "print('Device not supported')")
+    status, found = run(
+        {
+            "none": replace(stage(GREETS, GREETS), lacking="no such tool"),
+            "some": replace(some, unsupported="device not supported"),
         }
     )
     assert status == 1
-    assert [found[name]["status"] for name in found] == ["passed", "failed", "timed out"]
-    assert found["greets"]["said"] == [["hello"]]
-    assert found["greets"]["commands"] == [f"python -c {GREETS}"]  # no path of this machine
-    assert found["fails"]["statuses"] == ["failed", "passed"]
-    assert found["fails"]["said"] == [["no"], ["hello"]]
-    assert found["hangs"]["said"] == [["begun"]]
-    assert found["hangs"]["seconds"] < 20
+    assert [found[name]["status"] for name in found] == ["skipped", "failed"]
+    assert [each["said"] for each in found["none"]["commands"]] == 2 * [["no such tool"]]
+    assert [(each["status"], each["said"][0]) for each in found["some"]["commands"]] == [
+        ("skipped", "Device not supported"),
+        ("failed", "no"),
+        ("skipped", "Device not supported"),
+    ]
+    assert "no such tool" in capsys.readouterr().out
+    assert run({"none": replace(stage(GREETS), lacking="no such tool")})[0] == 0
 
 
 def test_a_run_goes_on_with_what_has_not_passed(run, tmp_path: Path, monkeypatch) -> None:
@@ -67,6 +108,17 @@ def test_a_run_goes_on_with_what_has_not_passed(run, tmp_path: Path, monkeypatch
     assert mark.read_text() == "xxxxx"
 
 
+def test_of_a_stage_only_what_has_not_passed_is_run_again(run, tmp_path: Path) -> None:
+    mark, gate = tmp_path / "mark", tmp_path / "gate"
+    counts = f"open({str(mark)!r}, 'a').write('x')"
+    waits = f"import os; raise SystemExit(not os.path.exists({str(gate)!r}))"
+    assert run({"two": stage(counts, waits)})[0] == 1
+    gate.touch()
+    status, found = run({"two": stage(counts, waits)})
+    assert (status, found["two"]["status"], mark.read_text()) == (0, "passed", "x")
+    assert [each["status"] for each in found["two"]["commands"]] == ["passed", "passed"]
+
+
 def test_without_time_or_a_build_nothing_begins(run, capsys) -> None:
     status, found = run({"build": stage("raise SystemExit(1)"), "two": stage(GREETS)})
     assert status == 1
@@ -77,9 +129,10 @@ def test_without_time_or_a_build_nothing_begins(run, capsys) -> None:
     assert "two: no time left; run it by STAGE=two" in capsys.readouterr().out
 
 
-def test_the_stages_name_what_there_is() -> None:
+def test_the_stages_name_what_there_is(monkeypatch) -> None:
     every = driver.stages("90a")
-    assert list(every) == ["build", "tests", "stress", "sanitize", "bench"]
+    assert list(every) == ["build", "tests", "bench", "stress", "sanitize"]
+    assert sum(stage.limit for stage in every.values()) <= 60 * driver.MINUTES < 600
     assert every["build"].environment["NEUROMOD_CUDA_ARCHS"] == "90a"
     tools = [command[command.index("--tool") + 1] for command in every["sanitize"].commands]
     assert tuple(tools) == driver.TOOLS
@@ -87,6 +140,59 @@ def test_the_stages_name_what_there_is() -> None:
         for command in stage.commands:
             for word in command:
                 assert not word.endswith(".py") or (ROOT / word).exists()
+    monkeypatch.setattr(driver, "find_sanitizer", lambda: None)
+    assert "no compute-sanitizer" in driver.stages("90a")["sanitize"].lacking
+    monkeypatch.setattr(driver, "find_sanitizer", lambda: "/bin/compute-sanitizer")
+    assert not driver.stages("90a")["sanitize"].lacking
+
+
+def test_a_backend_is_chosen_by_the_parameter_not_by_a_name(tmp_path: Path) -> None:
+    """On a machine without tyro, too."""
+    (tmp_path / "tyro.py").write_text("raise ImportError('there is no tyro here')")
+    paths = ["python_tests", "python_tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", *paths, "--collect-only", "--quiet"]
+    command += ["--backend", "emulated", "-m", "not full", "--override-ini", "addopts="]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [line for line in done.stdout.splitlines() if "::" in line]
+    assert len(found) > 200
+    assert all(re.search(r"[\[-]emulated[\]-]", name) for name in found)
+    files = {name.split("::")[0].removeprefix("python_tests/test_") for name in found}
+    assert {"oracle.py", "columns.py", "memory.py", "nonfinite.py", "bad_calls.py"} <= files
+    assert not [name for name in found if "cuda_plan" in name]  # they need the emulator
+    for path in (ROOT / "python_tests").glob("test_*.py"):  # files are found by the annotation
+        assert not re.search(r"def test_\w+\([^)]*\bbackend\b(?!:)", path.read_text()), path
+
+
+def test_stress_runs_every_test_of_its_file_once() -> None:
+    huge, slow, rest = (command[-1] for command in driver.stages("90a")["stress"].commands)
+    assert rest == f"not ({huge} or {slow})"
+    names = [name for name in vars(test_gpu) if name.startswith("test_")]
+    chosen = [[n for n in names if word in n] for word in (huge, *slow.split(" or "))]
+    assert chosen == [["test_huge"], ["test_derivatives"], ["test_opcheck"], ["test_compile"]]
+    assert len(names) > len(chosen)
+    assert not set(test_gpu.NAMES) & set(_ops.CPU_ONLY)
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "total", "outcome"),
+    [
+        (30e9, 33e9, 40e9, None),
+        (30e9, 10e9, 40e9, pytest.skip.Exception),
+        (30e9, 10e9, 85e9, AssertionError),
+        (90e9, 80e9, 85e9, pytest.skip.Exception),
+    ],
+)
+def test_a_large_card_skips_nothing_it_has_room_for(
+    needed: float, free: float, total: float, outcome: type | None, monkeypatch
+) -> None:
+    kept = [5e9]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free - sum(kept), total))
+    with pytest.raises(outcome) if outcome else nullcontext():
+        test_gpu.make_room(needed)
+    assert not kept
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -99,7 +205,7 @@ def test_without_a_gpu_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as ended:
         driver.main(["benches"])
     assert ended.value.code == 2
-    assert "expected stages among build, tests, stress, sanitize, bench" in capsys.readouterr().err
+    assert "expected stages among build, tests, bench, stress, sanitize" in capsys.readouterr().err
     command = ["make", "--no-print-directory", "gpu", "PATH=/bin:/usr/bin"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
@@ -126,6 +232,12 @@ def test_cases_are_told_apart() -> None:
     assert {"manifold_linear", "tokens", "manifold_conv", "manifold_metric"} <= {
         g.bench for g in bench.groups(torch.float32)
     }
+    compiled = [g.label for g in bench.groups(torch.bfloat16) if bench.is_compiled(g)]
+    assert compiled == [
+        *("B1024 I1024 O1024 K3", "B256 I512 O512 K3", "B64 I128 O128 K3"),
+        "B64 T256 I1024 O1024 K3",
+    ]
+    assert not any(bench.is_compiled(g) for g in bench.groups(torch.float32))
 
 
 def test_the_speed_stage(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -136,7 +248,7 @@ def test_the_speed_stage(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
     monkeypatch.setattr(bench, "SECONDS", 0.02)
     for expected in (2, 0):
-        assert bench.main(torch.device("cpu"), compiled=False) == 0
+        assert bench.main(torch.device("cpu")) == 0
         shown = capsys.readouterr().out
         assert shown.count("manifold_metric N16 K3 float32") == expected
     assert len(results.read(tmp_path / "speed-cuda-none.json")["cases"]) == 2

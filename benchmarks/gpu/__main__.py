@@ -2,7 +2,7 @@
 
 Nothing but Python runs here until the library is built. Each stage is a process of its own, with a
 limit of time, and its outcome is in the JSON as soon as it ends; a run that was cut off goes on
-with the stages that have not passed with the library as it is.
+with the commands that have not passed with the library as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,47 +30,58 @@ RESULTS = ROOT / "benchmarks" / "results"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 CASES = 200  # of each op, for each tool
 LAST_LINES = 12
+MINUTES = 9.5  # for all stages: ten with what make does before
+WORST = ("timed out", "failed", "skipped")  # of a stage's commands
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that run at the same time, and the seconds they may take."""
+    """Commands that run at the same time.
+
+    Attributes:
+        commands: Words of each.
+        limit: The seconds they may take, and more where the stages after it leave some.
+        environment: Variables.
+        lacking: Why none can run here, if so.
+        unsupported: What a command says, in lower case, that cannot do its work here.
+    """
 
     commands: Sequence[Sequence[str]]
     limit: float
     environment: dict[str, str] = field(default_factory=dict)
+    lacking: str = ""
+    unsupported: str = ""
 
 
 def stages(arch: str) -> dict[str, Stage]:
     """All of them, in order; ``arch`` is the GPU's, as nvcc calls it."""
-    python, cases = sys.executable, "python_tests/sanitizer_cases.py"
-    pytest = [python, "-m", "pytest", "python_tests", "-rs", "--durations=5"]
-    parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    sanitizer = find_sanitizer() or "compute-sanitizer"
-    build = {"NEUROMOD_CUDA": "1", "NEUROMOD_EMULATOR": "0", "NEUROMOD_CUDA_ARCHS": arch}
+    python, sanitizer = sys.executable, find_sanitizer()
+    pytest = [python, "-m", "pytest", "-rs", "--durations=5"]
+    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    stress = [*pytest, "python_tests/test_gpu.py", "-k"]
+    watched = [python, "python_tests/sanitizer_cases.py", "cuda", str(CASES)]
+    watch = [sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    slow = "derivatives or opcheck or compile"
     return {
-        "build": Stage([[python, "setup.py", "--quiet", "build_ext", "--inplace"]], 300, build),
-        "tests": Stage([[*pytest, *parallel, "-m", "not full and not gpu", "-k", "cuda"]], 150),
-        "stress": Stage([[*pytest, "-m", "gpu"]], 240),
-        "sanitize": Stage(
-            [
-                [
-                    sanitizer,
-                    "--tool",
-                    tool,
-                    "--error-exitcode",
-                    "9",
-                    python,
-                    cases,
-                    "cuda",
-                    str(CASES),
-                ]
-                for tool in TOOLS
-            ],
-            150,
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        "build": Stage(
+            [[python, "setup.py", "--quiet", "build_ext", "--inplace"]],
+            200,
+            {"NEUROMOD_CUDA": "1", "NEUROMOD_EMULATOR": "0", "NEUROMOD_CUDA_ARCHS": arch},
         ),
-        "bench": Stage([[python, "-m", "benchmarks.gpu.bench"]], 300),
+        "tests": Stage(
+            [[*pytest, *parallel, "python_tests", "--backend", "cuda", "-m", "not full"]], 80
+        ),
+        "bench": Stage([[python, "-m", "benchmarks.gpu.bench"]], 150),
+        "stress": Stage(
+            [[*stress, "huge"], [*stress, slow], [*stress, f"not (huge or {slow})"]], 80
+        ),
+        "sanitize": Stage(
+            [[*watch, tool, *watched] for tool in TOOLS],
+            60,
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            "" if sanitizer else "there is no compute-sanitizer on the PATH or in the CUDA toolkit",
+            "device not supported",
+        ),
     }
 
 
@@ -81,11 +92,13 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
-def run_stage(stage: Stage, limit: float, log: Path) -> Json:
-    """Run the commands; what became of them.
+def run_stage(stage: Stage, limit: float, log: Path) -> list[Json]:
+    """Run the commands; what became of each.
 
     Each writes into a file beside ``log``, which stays.
     """
+    if stage.lacking:
+        return [outcome(command, "skipped", [stage.lacking]) for command in stage.commands]
     start, processes = time.monotonic(), []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **stage.environment}
     for number, command in enumerate(stage.commands):
@@ -108,16 +121,25 @@ def run_stage(stage: Stage, limit: float, log: Path) -> Json:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # its children too: the group is its own
                 process.wait()
-    worst = next((s for s in ("timed out", "failed") if s in statuses), "passed")
-    said = [anywhere(path.read_text(errors="replace")).splitlines() for _, path in processes]
-    return {
-        "status": worst,
-        "seconds": round(time.monotonic() - start, 1),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commands": [anywhere(" ".join(command)) for command in stage.commands],
-        "statuses": statuses,
-        "said": [lines[-LAST_LINES:] for lines in said],
-    }
+    outcomes = []
+    for command, status, (_, path) in zip(stage.commands, statuses, processes, strict=True):
+        said = anywhere(path.read_text(errors="replace")).splitlines()
+        why = [line for line in said if stage.unsupported and stage.unsupported in line.lower()]
+        if why:  # whatever the status: what was to be watched was not
+            outcomes.append(outcome(command, "skipped", why[:1]))
+        else:
+            outcomes.append(outcome(command, status, said[-LAST_LINES:]))
+    return outcomes
+
+
+def outcome(command: Sequence[str], status: str, said: list[str]) -> Json:
+    """What became of a command, as the JSON has it."""
+    return {"command": shown(command), "status": status, "said": said}
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as one text."""
+    return anywhere(" ".join(command))
 
 
 def anywhere(text: str) -> str:
@@ -145,13 +167,13 @@ def write(record: Json, path: Path) -> None:
 
 
 def run(chosen: dict[str, Stage], path: Path, seconds: float, again: bool, about: Json) -> int:
-    """Run stages, build first; 1 if one of them did not pass.
+    """Run stages, build first; 1 if one of them failed.
 
     Args:
         chosen: The stages.
         path: The JSON.
         seconds: For all of them.
-        again: Run also those that passed with this code.
+        again: Run also the commands that passed with this code.
         about: What the JSON says of the machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,31 +181,51 @@ def run(chosen: dict[str, Stage], path: Path, seconds: float, again: bool, about
     logs.mkdir(parents=True, exist_ok=True)
     record = json.loads(path.read_text()) if path.exists() else {}
     record = {"environment": about, "stages": record.get("stages", {})}
-    end = time.monotonic() + seconds
+    end, reserved = time.monotonic() + seconds, sum(stage.limit for stage in chosen.values())
     failed = False
     for name, stage in chosen.items():
-        before = record["stages"].get(name, {})
-        passed_before = before.get("status") == "passed" and before.get("code") == code()
-        if passed_before and not again and name != "build":
-            print(f"{name}: passed before, with this code", flush=True)
+        reserved -= stage.limit
+        passed = [] if again or name == "build" else passed_before(record["stages"].get(name, {}))
+        known = [each["command"] for each in passed]
+        stage = replace(stage, commands=[c for c in stage.commands if shown(c) not in known])
+        if not stage.commands:
+            print(f"{name}: passed before, with this code (--fresh runs it again)", flush=True)
             continue
-        limit = min(stage.limit, end - time.monotonic())
+        left = end - time.monotonic()
+        limit = min(left, max(stage.limit, left - reserved))
         if limit <= 1:
             print(f"{name}: no time left; run it by STAGE={name}", flush=True)
             failed = True
             continue
         print(f"{name}: at most {limit:.0f} s", flush=True)
-        outcome = run_stage(stage, limit, logs / f"{name}.log")
-        record["stages"][name] = outcome | {"code": code()}
+        start = time.monotonic()
+        outcomes = run_stage(stage, limit, logs / f"{name}.log")
+        taken = round(time.monotonic() - start, 1)
+        statuses = [each["status"] for each in outcomes]
+        status = next((s for s in WORST if s in statuses), "passed")
+        record["stages"][name] = {
+            "status": status,
+            "seconds": taken,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "code": code(),
+            "commands": [*passed, *outcomes],
+        }
         write(record, path)
-        print(f"{name}: {outcome['status']} after {outcome['seconds']} s", flush=True)
-        if outcome["status"] != "passed":
-            print("\n".join("    " + line for lines in outcome["said"] for line in lines))
-            failed = True
-            if name == "build":
-                break
+        print(f"{name}: {status} after {taken} s", flush=True)
+        for each in outcomes:
+            if each["status"] != "passed":
+                print("\n".join("    " + line for line in (each["command"], *each["said"])))
+        failed |= status in ("timed out", "failed")
+        if failed and name == "build":
+            break
     print(path)
     return int(failed)
+
+
+def passed_before(stage: Json) -> list[Json]:
+    """The commands of an earlier run that passed, if it ran this code."""
+    commands = stage.get("commands", []) if stage.get("code") == code() else []
+    return [command for command in commands if command["status"] == "passed"]
 
 
 def gpu() -> tuple[str, Json]:
@@ -215,20 +257,19 @@ def main(args: Sequence[str] | None = None) -> int:
     names = list(stages(""))
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("stage", nargs="*", help=f"some of {', '.join(names)}; all by default")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all stages together")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all stages")
     parser.add_argument("--fresh", action="store_true", help="also those that passed before")
     chosen = parser.parse_args(args)
     wrong = [name for name in chosen.stage if name not in names]
     if wrong:
         parser.error(f"expected stages among {', '.join(names)}, got {', '.join(wrong)}")
     arch, about = gpu()
-    every = stages(arch)
-    wanted = {name: every[name] for name in names if name == "build" or name in chosen.stage}
+    named = ("build", *chosen.stage) if chosen.stage else names
+    wanted = {name: stage for name, stage in stages(arch).items() if name in named}
     from benchmarks.speed.harness import card
 
     path = RESULTS / f"gpu-{card()}.json"
-    again = chosen.fresh or bool(chosen.stage)
-    return run(wanted if chosen.stage else every, path, 60 * chosen.minutes, again, about)
+    return run(wanted, path, 60 * chosen.minutes, chosen.fresh, about)
 
 
 if __name__ == "__main__":
