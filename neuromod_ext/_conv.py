@@ -15,13 +15,13 @@ from neuromod_ext._contraction import use_reference
 from neuromod_ext._conv_checks import Options
 from neuromod_ext._transforms import low_precision, size_left_open, surrounded
 
-# How the CPU goes about a convolution: "windows" is the op; the others are torch's convolution.
+# How a convolution is gone about: "windows" is the op, on the CPU; the others are torch's own.
 PLANS = ("windows", "grouped", "stacked")
 FORCED = os.environ.get("NEUROMOD_CONV_PLAN")
 
 
 def plan(input: Tensor, basis: Tensor, options: Options) -> str:
-    """The plan for samples of several conditions, from shapes alone."""
+    """The plan for samples of several conditions, from device and shapes."""
     if FORCED:
         if FORCED not in PLANS:
             raise ValueError(
@@ -168,11 +168,11 @@ def manifold_conv2d(
 
     .. math:: y_b = \Big(\sum_k c_{bk} P_k\Big) * x_b + \sum_k c_{bk} \beta_k
 
-    On the CPU each sample's kernel is blended, rounded to the dtype, in cache and applied there.
-    Elsewhere, for convolutions of three dimensions and for depthwise ones, one convolution with a
-    group for each sample applies stored kernels; where a sample has few pixels, all K convolutions
-    are mixed, as in compiled code for another device that leaves the batch size open. One condition
-    for the whole batch is one plain convolution.
+    On the CPU each sample's kernel is blended, rounded to the dtype, in cache and applied there;
+    where a sample has few pixels, all K convolutions are mixed. Elsewhere, for convolutions of
+    three dimensions and for depthwise ones, one convolution with a group for each sample applies
+    stored kernels; compiled code for another device that leaves the batch size open mixes all K.
+    One condition for the whole batch is one plain convolution.
 
     Args:
         input: x, [B, C, H, W]; [C, H, W] too if ``coeff`` is one condition.

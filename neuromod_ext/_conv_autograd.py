@@ -59,6 +59,13 @@ def _vjp(
     saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], options: Options, call: Contract
 ) -> Gradients:
     """The same, differentiable: through each sample's kernel."""
+    with torch.autocast(grad.device.type, enabled=False):  # sums keep the dtype of coeff
+        return _full_precision_vjp(saved, grad, needs, options, call)
+
+
+def _full_precision_vjp(
+    saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], options: Options, call: Contract
+) -> Gradients:
     input, basis, coeff, bias = saved
     weight = call(INTERPOLATE_WEIGHTS, "output", basis, coeff)
     of_weight = needs[1] or needs[2]
@@ -68,7 +75,7 @@ def _vjp(
         grad_basis = call(INTERPOLATE_WEIGHTS, "basis", grad_weight, coeff)
     if needs[2]:
         grad_coeff = call(INTERPOLATE_WEIGHTS, "coeff", grad_weight, basis)
-    if bias is not None:
+    if bias is not None and (needs[2] or needs[3]):
         sample_grad = grad.to(coeff.dtype).flatten(2).sum(2)
         if grad_coeff is not None:
             grad_coeff = grad_coeff + torch.matmul(sample_grad, bias.to(coeff.dtype).mT)
@@ -86,6 +93,8 @@ def _conv_vjp(
     weight_needed: bool,
 ) -> tuple[Any, Any]:
     """The gradients of a convolution of each sample with its own kernel."""
+    if not (input_needed or weight_needed):
+        return None, None
     if 0 in (input.numel(), weight.numel(), grad.numel()):  # which torch's convolution refuses
         zeros = torch.zeros_like(input), torch.zeros_like(weight)
         return zeros[0] if input_needed else None, zeros[1] if weight_needed else None

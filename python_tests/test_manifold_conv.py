@@ -228,3 +228,31 @@ def test_plan_is_named() -> None:
         patch.setattr(_conv, "FORCED", "unheard_of")
         with pytest.raises(ValueError, match="to be windows, grouped or stacked, got unheard_of"):
             MF.manifold_conv2d(x, P, c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_images_and_batches_beyond_a_block(dtype: torch.dtype) -> None:
+    """Rows wider than 128 pixels, several tiles of outputs, more samples than are held at once."""
+    torch.manual_seed(0)
+    x, P = torch.randn(20, 2, 5, 131, dtype=dtype), torch.randn(2, 70, 2, 3, 3, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (x, P, torch.randn(20, 2, dtype=dtype))]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    out = MF.manifold_conv2d(*leaves, padding=1)
+    kernels = torch.einsum("bk,koihw->boihw", wide[2], wide[1])
+    want = torch.cat(
+        [F.conv2d(a[None], w, padding=1) for a, w in zip(wide[0], kernels, strict=True)]
+    )
+    grad = torch.randn_like(out)
+    pairs = zip(
+        [out, *torch.autograd.grad(out, leaves, grad)],
+        [want, *torch.autograd.grad(want, wide, grad.double())],
+        strict=True,
+    )
+    for got, expected in pairs:
+        size = float(expected.abs().max())
+        torch.testing.assert_close(
+            got.double(),
+            expected,
+            rtol=0,
+            atol=size * 1e-5 if dtype == torch.float32 else size * 1e-13,
+        )

@@ -23,7 +23,7 @@ ROLES = {
     "manifold_linear_local": "xPicb",
     "manifold_linear_local_backward": "gxPicb",
 }
-RAGGED = [  # B, tokens, K, O, I: beside the edges of tiles (32, 64) and blocks (8, 16, 256)
+RAGGED = [  # B, tokens, K, O, I: beside the edges of tiles (32, 64) and blocks (8, 16, 256, 1024)
     (1, (), 3, 65, 129),
     (2, (33,), 1, 64, 1),
     (3, (5, 7), 5, 1, 66),
@@ -31,6 +31,8 @@ RAGGED = [  # B, tokens, K, O, I: beside the edges of tiles (32, 64) and blocks 
     (70, (3,), 2, 130, 31),
     (5, (270,), 3, 7, 65),
     (300, (), 4, 3, 5),
+    (1, (70,), 3, 260, 70),
+    (1, (1030,), 1, 5, 300),
 ]
 every_plan = pytest.mark.parametrize("plan", PLANS)
 
@@ -91,6 +93,57 @@ def test_same_bits_on_any_number_of_threads(name: str, dtype: torch.dtype, force
         torch.set_num_threads(threads)
         for a, b in zip(first, op.run(_ops.OPS[name], copied(call)), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", ["fold", "fold_gemm"])
+def test_same_bits_of_many_tokens(dtype: torch.dtype, forced: str) -> None:
+    """Long sums of few samples; torch's matrix product takes another order with more threads."""
+    draw = Draw(f"many tokens/{name_of(dtype)}", dtype)
+    call = linear_call(draw, ROLES["manifold_linear_backward"], 2, (512,), 2, 64, 2048, bias=True)
+    x = Call([call.tensors[i] for i in (1, 2, 3)] + [None], {})
+    first: list[torch.Tensor] = []
+    for threads in (1, 2, 4) if forced == "fold" else (2, 2, 2):
+        torch.set_num_threads(threads)
+        results = OPS["manifold_linear"].run(_ops.OPS["manifold_linear"], x)
+        results += OPS["manifold_linear_backward"].run(_ops.OPS["manifold_linear_backward"], call)
+        first = first or results
+        assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True)), threads
+
+
+@pytest.mark.parametrize("way", ["set_float32_matmul_precision", "fp32_precision"])
+def test_products_stay_full(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch's own products may round their operands to."""
+    monkeypatch.delenv("NEUROMOD_PLAN", raising=False)
+    sizes = {"batch": 4, "num_basis": 2, "out_features": 64, "in_features": 256, "tokens": 600}
+    x, P, c = torch.randn(4, 600, 256), torch.randn(2, 64, 256), torch.rand(4, 2)
+    want = torch.einsum("bti,koi,bk->bto", x.double(), P.double(), c.double())
+    code = torch.backends.mkldnn.matmul if way == "fp32_precision" else None
+    before = code.fp32_precision if code else torch.get_float32_matmul_precision()
+    try:
+        if code:
+            code.fp32_precision = "bf16"
+        else:
+            torch.set_float32_matmul_precision("medium")
+        y = _ops.OPS["manifold_linear"](x, P, c, None)
+        assert _C.explain(**sizes, dtype="float32")["forward"][0][0] != "fold_gemm"
+    finally:
+        if code:
+            code.fp32_precision = before
+        else:
+            torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-4)
+
+
+def test_torch_s_new_way_to_allow_tf32_is_no_error() -> None:
+    x, P, c = torch.randn(2, 3), torch.randn(2, 4, 3), torch.randn(2, 2)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert _ops.OPS["manifold_linear"](x, P, c, None).shape == (2, 4)
+    finally:
+        matmul.fp32_precision = before
 
 
 @every_plan

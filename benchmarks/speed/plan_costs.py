@@ -61,11 +61,13 @@ def row(dtype: torch.dtype) -> dict[str, float]:
         cost[key] = (per(plan, 4, 512) - per(plan, 4, 256)) / (4 * 256)
     cost["blend"] = (per("fold", 16, 32) / 16 - 32 * cost["fold"]) / K
     cost["spread"] = (per("fold", 16, 32, op="_backward") / 16 - 32 * cost["fold"]) / K
-    cost["turn"] = per("fold_gemm", 16, 64) / 16 - 64 * cost["gemm"] - K * cost["blend"]
+    call = per("fold_gemm", 64, 16, 32) * 32**2 / 64
+    turn = per("fold_gemm", 16, 64) / 16 - 64 * cost["gemm"] - K * cost["blend"]
+    cost["turn"] = turn - 2 * call / 512**2
     cost["stream"] = per("stream", 4, 1, 256) / (4 * K)
     cost["pack"] = per("expand", 64, 1, op="_grad_input") / K - 64 * cost["product"]
     cost["read"] = per("stream", 1, 1, 4096) / K - cost["stream"]
-    cost["call"] = per("fold_gemm", 64, 16, 32) * 32**2 / 64
+    cost["call"] = call
     return cost
 
 

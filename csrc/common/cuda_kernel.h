@@ -66,7 +66,9 @@ void allow_dynamic_shared(Kernel* kernel, std::size_t bytes) {
   cudaFuncAttributes attributes;
   int device = 0, most = 0;
   if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return;
-  if (bytes <= static_cast<std::size_t>(attributes.maxDynamicSharedSizeBytes)) return;
+  constexpr std::size_t given = 48 << 10;  // to static and dynamic memory together
+  const bool asked = static_cast<std::size_t>(attributes.maxDynamicSharedSizeBytes) > given;
+  if (asked || bytes + attributes.sharedSizeBytes <= given) return;
   if (cudaGetDevice(&device) != cudaSuccess) return;
   if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return;
   most -= static_cast<int>(attributes.sharedSizeBytes);

@@ -59,7 +59,18 @@ struct Tile {
   int64_t stride;  // from row to row
 };
 
-/// B, packed: row d of the panel is rows[d], or zeros if that is null.
+/// B from its columns, packed: column r of the panel, whose rows are `stride` long, is rows[r], or zeros if that is
+/// null.
+template <class T>
+void pack_rows(int64_t count, int64_t depth, const T* const* rows, T* panel, int64_t stride) {
+  if (interleaved<T>()) {
+    vectors<T>().transpose_pairs(count, depth, rows, panel, stride);
+  } else {
+    vectors<T>().transpose(count, depth, rows, panel, stride);
+  }
+}
+
+/// B from its rows, packed: row d of the panel is rows[d], or zeros if that is null; columns past `cols` hold anything.
 template <class T>
 void pack_columns(int64_t count, const T* const* rows, int64_t cols, T* panel) {
   if (interleaved<T>()) {

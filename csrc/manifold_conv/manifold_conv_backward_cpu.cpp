@@ -155,11 +155,7 @@ class WeightGradient {
       const int64_t pixel = (block.plane * p_.out_size[1] + block.row + line) * p_.out_size[2] + block.col;
       for (int64_t o = 0; o < tile.outs; ++o) from[o] = p_.output.at<T>(b, out(tile) + o) + pixel;
       T* const panel = to + line * pitch * kTile;
-      if (interleaved<T>()) {
-        vectors<T>().transpose_pairs(tile.outs, length, from, panel, kTile);
-      } else {
-        vectors<T>().transpose(tile.outs, length, from, panel, kTile);
-      }
+      pack_rows(tile.outs, length, from, panel, kTile);
     }
   }
 
@@ -184,12 +180,15 @@ class WeightGradient {
     const int64_t B = p_.batch, K = p_.num_basis, O = p_.out_channels, L = p_.out_pixels();
     const bool summed = q_.grad_bias || p_.bias;
     const Scratch<A> sums(summed ? B * O : 0);
-    const Scratch<T> ones(L);
-    const A one = 1;
-    for (int64_t n = 0; n < L; ++n) vectors<T>().narrow(1, &one, &ones[n]);
-    if (summed)
+    const Scratch<T> ones(summed ? L : 0);
+    if (summed) {
+      T one;
+      const A value = 1;
+      vectors<T>().narrow(1, &value, &one);
+      std::fill_n(ones.data(), L, one);
       parallel(B * O, 1e-10 * double(L),
                [&](int64_t i) { sums[i] = vectors<T>().dot(L, p_.output.at<T>(i / O, i % O), ones.data()); });
+    }
     if (q_.grad_coeff)
       parallel(B, 1e-9 * double(K * (tiles() + O)), [&](int64_t b) {
         const Scratch<A> bias(O);

@@ -33,6 +33,8 @@ struct ManifoldLinearParams {
     const int64_t k = index ? *index.at<int64_t>(b) % num_basis : 0;
     return k < 0 ? k + num_basis : k;
   }
+  /// The basis point of its l-th.
+  NEUROMOD_HOST_DEVICE int64_t basis_point(int64_t b, int64_t l) const { return (first_basis(b) + l) % num_basis; }
   /// Which coefficient of a sample belongs to basis point k; L or more if none does.
   NEUROMOD_HOST_DEVICE int64_t entry(int64_t b, int64_t k) const { return entry_from(first_basis(b), k); }
   NEUROMOD_HOST_DEVICE int64_t entry_from(int64_t first, int64_t k) const {
@@ -51,7 +53,7 @@ struct ManifoldLinearBackwardParams {
 };
 
 // Each kernel writes every element of its results exactly once, in an order of summation that does not depend on the
-// number of threads.
+// number of threads (plan fold_gemm: but for what torch's matrix product does with more threads).
 void manifold_linear_forward_cpu(const ManifoldLinearParams& p);  // writes output
 void manifold_linear_backward_cpu(const ManifoldLinearBackwardParams& q);
 

@@ -310,8 +310,7 @@ class ExpandBackward {
           const int64_t row = b * p_.tokens + t;
           for (int64_t in_tile = 0; in_tile < in_tiles_; ++in_tile) sum += partial(in_tile, l)[rows_.position(row)];
           if (p_.bias)
-            sum += vectors<T>().dot(p_.out_features, p_.output.at<T>(row),
-                                    p_.bias.at<T>((p_.first_basis(b) + l) % p_.num_basis));
+            sum += vectors<T>().dot(p_.out_features, p_.output.at<T>(row), p_.bias.at<T>(p_.basis_point(b, l)));
         }
         *q_.grad_coeff.at<A>(b, l) = sum;
       }

@@ -59,11 +59,7 @@ class Expand {
     std::array<const T*, kNarrowTile> x;
     const int64_t width = rows_.padded(tile.count);
     rows_.pointers(p_.input, tile.first, width, 0, x.data());
-    if (interleaved<T>()) {
-      vectors<T>().transpose_pairs(width, p_.in_features, x.data(), panel, kNarrowTile);
-    } else {
-      vectors<T>().transpose(width, p_.in_features, x.data(), panel, kNarrowTile);
-    }
+    pack_rows(width, p_.in_features, x.data(), panel, kNarrowTile);
   }
 
   /// Rows of P as brgemm can read them: in place unless their depth must be made even.

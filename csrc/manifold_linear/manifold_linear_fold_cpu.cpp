@@ -3,7 +3,7 @@
 //
 // 2 R O I flop and 2 B L O I of blending a product. G_b = g_b^T x_b yields both dP_k += c_l G_b and dc_l = <G_b, P_k>.
 // A job is a block of a result, for a range of samples; jobs follow from sizes alone, and what they sum is added up in
-// order, so results do not depend on the number of threads.
+// order, so results do not depend on the number of threads, unless torch's product does.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/from_blob.h>
@@ -19,9 +19,9 @@
 namespace neuromod {
 namespace {
 
-constexpr int64_t kEnoughJobs = 16;
-constexpr int64_t kBlock = 256;    // most rows and columns of a block
-constexpr int64_t kTokens = 1024;  // tokens that are multiplied at a time, at most
+constexpr int64_t kEnoughJobs = 16;  // for any number of threads that a layer of this size is worth
+constexpr int64_t kBlock = 256;      // most rows and columns of a block
+constexpr int64_t kTokens = 1024;    // tokens that are multiplied at a time, at most
 
 struct Range {
   int64_t first, count;
@@ -61,9 +61,9 @@ void multiply(const View& result, int64_t row, int64_t count, int64_t first, int
 }
 
 template <class T>
-at::Tensor matrix(const T* data, int64_t rows, int64_t cols, int64_t stride) {
+at::Tensor matrix(const T* data, int64_t rows, int64_t cols, int64_t stride, int64_t col_stride = 1) {
   constexpr auto dtype = c10::CppTypeToScalarType<typename detail::TorchType<T>::type>::value;
-  return at::from_blob(const_cast<T*>(data), {rows, cols}, {stride, 1}, dtype);
+  return at::from_blob(const_cast<T*>(data), {rows, cols}, {stride, col_stride}, dtype);
 }
 
 /// Rows of a result as multiply gives them, by torch; with `add`, to what stands there.
@@ -75,7 +75,7 @@ void multiply_block(const View& result, int64_t row, int64_t count, int64_t firs
 }
 
 /// Jobs of multiply_block. At least two, so that threads are at work if there are any: outside of them torch's product
-/// would take several threads itself, and another order of sums.
+/// would take several threads itself.
 template <class F>
 void run_blocks(int64_t jobs, F f) {
   parallel_ranges(std::max<int64_t>(jobs, 2), 1.0, [&](int64_t begin, int64_t end) {
@@ -86,8 +86,6 @@ void run_blocks(int64_t jobs, F f) {
 class Fold {
  protected:
   explicit Fold(const ManifoldLinearParams& p) : p_(p) {}
-  int64_t basis_point(int64_t b, int64_t l) const { return (p_.first_basis(b) + l) % p_.num_basis; }
-
   const ManifoldLinearParams& p_;
 };
 
@@ -121,17 +119,17 @@ class FoldForward : Fold {
   }
 
   void run_gemm() const {
-    const int64_t depth = packed_depth<T>(p_.in_features);
-    run_blocks(ceil_div(p_.out_features, kBlock) * p_.batch, [&](int64_t job) {
-      const int64_t b = job % p_.batch, first = job / p_.batch * kBlock, row = b * p_.tokens;
-      const int64_t outs = std::min(kBlock, p_.out_features - first);
+    const int64_t depth = packed_depth<T>(p_.in_features), out_blocks = ceil_div(p_.out_features, kBlock);
+    run_blocks(out_blocks * p_.batch * ceil_div(p_.tokens, kTokens), [&](int64_t job) {
+      const int64_t b = job % p_.batch, first = job / p_.batch % out_blocks * kBlock;
+      const int64_t t = job / p_.batch / out_blocks * kTokens, row = b * p_.tokens + t;
+      const int64_t outs = std::min(kBlock, p_.out_features - first), count = std::min(kTokens, p_.tokens - t);
       const Scratch<T> rows(kBlock * depth);
       A bias[kBlock] = {};
       blend_rows(b, first, outs, rows.data(), bias);
-      for (int64_t t = 0; t < p_.tokens && p_.bias; ++t)
-        vectors<T>().narrow(outs, bias, p_.output.at<T>(row + t, first));
-      multiply_block<T>(p_.output, row, p_.tokens, first, outs, p_.input, p_.in_features,
-                        matrix(rows.data(), outs, p_.in_features, depth).t(), bool(p_.bias));
+      for (int64_t i = 0; i < count && p_.bias; ++i) vectors<T>().narrow(outs, bias, p_.output.at<T>(row + i, first));
+      multiply_block<T>(p_.output, row, count, first, outs, p_.input, p_.in_features,
+                        matrix(rows.data(), p_.in_features, outs, 1, depth), bool(p_.bias));
     });
   }
 
@@ -143,10 +141,10 @@ class FoldForward : Fold {
     const Scratch<const T*> basis(L);
     for (int64_t l = 0; l < L; ++l) {
       c[l] = *p_.coeff.at<A>(b, l);
-      if (p_.bias) vectors<T>().add_scaled(outs, c[l], p_.bias.at<T>(basis_point(b, l), first), bias);
+      if (p_.bias) vectors<T>().add_scaled(outs, c[l], p_.bias.at<T>(p_.basis_point(b, l), first), bias);
     }
     for (int64_t o = 0; o < outs; ++o) {
-      for (int64_t l = 0; l < L; ++l) basis[l] = p_.basis.at<T>(basis_point(b, l), first + o);
+      for (int64_t l = 0; l < L; ++l) basis[l] = p_.basis.at<T>(p_.basis_point(b, l), first + o);
       vectors<T>().mix(p_.in_features, L, c.data(), basis.data(), rows + o * depth);
     }
   }
@@ -156,11 +154,7 @@ class FoldForward : Fold {
     blend_rows(b, first, outs, rows, bias);
     std::array<const T*, kTile> from;
     for (int64_t o = 0; o < outs; ++o) from[o] = rows + o * packed_depth<T>(p_.in_features);
-    if (interleaved<T>()) {
-      vectors<T>().transpose_pairs(outs, p_.in_features, from.data(), weight, kTile);
-    } else {
-      vectors<T>().transpose(outs, p_.in_features, from.data(), weight, kTile);
-    }
+    pack_rows(outs, p_.in_features, from.data(), weight, kTile);
   }
 };
 
@@ -172,7 +166,9 @@ class FoldBackward : Fold {
   FoldBackward(const ManifoldLinearBackwardParams& q, Plan plan) : Fold(q.p), q_(q), gemm_(plan == Plan::fold_gemm) {
     // Sums stay in cache: the first level where each token of a sample has little work, else the second.
     if (p_.tokens <= kTile) block_outs_ = block_ins_ = kTile;
-    while (block_ins_ > kTile && p_.num_basis * block_ins_ > 4 * kBlock) block_ins_ /= 2;
+    const auto halve = [&] { (block_ins_ >= block_outs_ ? block_ins_ : block_outs_) /= 2; };
+    while (block_outs_ > kTile && p_.num_basis * block_ins_ * block_outs_ > 4 * kBlock * kBlock) halve();
+    while (block_outs_ > kTile && out_blocks() * in_blocks() * basis_parts() < kEnoughJobs) halve();
   }
 
   void run() const {
@@ -192,6 +188,11 @@ class FoldBackward : Fold {
 
   int64_t out_blocks() const { return ceil_div(p_.out_features, block_outs_); }
   int64_t in_blocks() const { return std::max<int64_t>(1, ceil_div(p_.in_features, block_ins_)); }
+
+  /// Ranges of samples whose sums are taken apart, and added up in the end.
+  int64_t basis_parts() const {
+    return std::max<int64_t>(1, std::min(ceil_div(kEnoughJobs, out_blocks() * in_blocks()), p_.batch / 4));
+  }
 
   /// dx_b = g_b W_b. A job is a tile of inputs for a range of samples.
   void input_pass() const {
@@ -213,7 +214,7 @@ class FoldBackward : Fold {
         for (int64_t b = samples.first; b < samples.first + samples.count; ++b) {
           for (int64_t l = 0; l < L; ++l) {
             c[l] = *p_.coeff.at<A>(b, l);
-            rows[l] = basis.data() + basis_point(b, l) * panel;
+            rows[l] = basis.data() + p_.basis_point(b, l) * panel;
           }
           vectors<T>().mix(panel, L, c.data(), rows.data(), weight.data());
           for (int64_t t = 0; t < p_.tokens; t += kTile) {
@@ -228,19 +229,20 @@ class FoldBackward : Fold {
   }
 
   void input_pass_gemm() const {
-    const int64_t O = p_.out_features, L = p_.num_local;
-    run_blocks(ceil_div(p_.in_features, kBlock) * p_.batch, [&](int64_t job) {
-      const int64_t b = job % p_.batch, first = job / p_.batch * kBlock;
-      const int64_t ins = std::min(kBlock, p_.in_features - first);
+    const int64_t O = p_.out_features, L = p_.num_local, in_blocks = ceil_div(p_.in_features, kBlock);
+    run_blocks(in_blocks * p_.batch * ceil_div(p_.tokens, kTokens), [&](int64_t job) {
+      const int64_t b = job % p_.batch, first = job / p_.batch % in_blocks * kBlock;
+      const int64_t t = job / p_.batch / in_blocks * kTokens;
+      const int64_t ins = std::min(kBlock, p_.in_features - first), count = std::min(kTokens, p_.tokens - t);
       const Scratch<T> weight(O * ins);
       const Scratch<A> c(L);
       const Scratch<const T*> basis(L);
       for (int64_t l = 0; l < L; ++l) c[l] = *p_.coeff.at<A>(b, l);
       for (int64_t o = 0; o < O; ++o) {
-        for (int64_t l = 0; l < L; ++l) basis[l] = p_.basis.at<T>(basis_point(b, l), o, first);
+        for (int64_t l = 0; l < L; ++l) basis[l] = p_.basis.at<T>(p_.basis_point(b, l), o, first);
         vectors<T>().mix(ins, L, c.data(), basis.data(), &weight[o * ins]);
       }
-      multiply_block<T>(q_.grad_input, b * p_.tokens, p_.tokens, first, ins, p_.output, O,
+      multiply_block<T>(q_.grad_input, b * p_.tokens + t, count, first, ins, p_.output, O,
                         matrix(weight.data(), O, ins, ins), false);
     });
   }
@@ -248,7 +250,7 @@ class FoldBackward : Fold {
   /// dP, dbeta, and partial sums of dc, [blocks, L, B]. A job is a block of dP for a range of samples.
   void basis_pass(A* coeff) const {
     const int64_t blocks = out_blocks() * in_blocks(), K = p_.num_basis, O = p_.out_features, I = p_.in_features;
-    const int64_t parts = std::clamp(std::min(ceil_div(kEnoughJobs, blocks), p_.batch / 4), int64_t(1), p_.batch);
+    const int64_t parts = basis_parts();
     const Scratch<A> sums(q_.grad_basis && parts > 1 ? parts * K * O * I : 0), bias(parts * K * O);
     const double seconds = 2e-11 * double(block_outs_ * block_ins_) * double(p_.rows() / parts);
     parallel_ranges(blocks * parts, seconds, [&](int64_t begin, int64_t end) {
@@ -312,7 +314,7 @@ class FoldBackward : Fold {
     for (int64_t l = 0; l < p_.num_local; ++l)
       for (int64_t t = 0; t < p_.tokens; ++t)
         vectors<T>().add_scaled(block.outs, *p_.coeff.at<A>(b, l), p_.output.at<T>(b * p_.tokens + t, block.first_out),
-                                sums + basis_point(b, l) * kBlock);
+                                sums + p_.basis_point(b, l) * kBlock);
   }
 
   /// A block of g_b^T x_b over tokens from `first` on, by tiles that go from cache into dP_k and dc. g is turned over,
@@ -336,7 +338,7 @@ class FoldBackward : Fold {
         const int64_t outs = std::min(kTile, block.outs - o);
         tile_product<T>(outs, cols, count, {&left[o * stride], stride}, x, product.data(), kTile, false);
         for (int64_t l = 0; l < p_.num_local; ++l) {
-          const int64_t k = basis_point(b, l);
+          const int64_t k = p_.basis_point(b, l);
           if (q_.grad_basis)
             vectors<A>().add_scaled(outs * kTile, *p_.coeff.at<A>(b, l), product.data(), sums + k * tiles * kArea);
           if (q_.grad_coeff)
@@ -375,8 +377,8 @@ class FoldBackward : Fold {
         A sum = 0;
         for (int64_t block = 0; block < blocks; ++block) sum += coeff[(block * p_.num_local + l) * p_.batch + b];
         for (int64_t t = 0; t < p_.tokens && p_.bias; ++t)
-          sum +=
-              vectors<T>().dot(p_.out_features, p_.output.at<T>(b * p_.tokens + t), p_.bias.at<T>(basis_point(b, l)));
+          sum += vectors<T>().dot(p_.out_features, p_.output.at<T>(b * p_.tokens + t),
+                                  p_.bias.at<T>(p_.basis_point(b, l)));
         *q_.grad_coeff.at<A>(b, l) = sum;
       }
     });

@@ -158,7 +158,7 @@ class Mixer {
       const int64_t l = p.entry_from(first_basis_, k);
       const bool acts = has_row() && l < p.num_local;
       sides_.acts[k % 2][i] = acts;
-      sides_.coeff[k % 2][i] = acts ? *p.coeff.template at<float>(sample_, l) : 0.0f;
+      sides_.coeff[k % 2][i] = acts && q_.out ? *p.coeff.template at<float>(sample_, l) : 0.0f;  // dots need none
     } else if (!Backward && i < Shape::kM + Shape::kN) {
       const int64_t n = col_ + i - Shape::kM;
       const bool there = p.bias && n < q_.cols && begin_ <= k * slices_;

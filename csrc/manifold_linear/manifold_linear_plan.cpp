@@ -1,6 +1,8 @@
 #include "manifold_linear/manifold_linear_plan.h"
 
+#include <ATen/Context.h>
 #include <c10/util/Exception.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <cmath>
@@ -14,7 +16,7 @@ namespace neuromod {
 namespace {
 
 // Seconds per element on one core (Xeon with AVX-512 and AMX), from benchmarks/speed/plan_costs.py. Only their ratios
-// matter, and those differ little between processors.
+// matter; those of float32 and float64 differ little between processors, those of half types with what it has for them.
 struct Costs {
   double product;  // of a tile product: one multiply-add
   double fold;     // the same in plan fold, whose products are stored as they come
@@ -46,6 +48,20 @@ constexpr double kAlign = 16;            // rows of a segment are padded to this
 constexpr int64_t kMostStreamRows = 16;  // partial sums of plan stream grow with the rows
 constexpr Plan kPlans[] = {Plan::expand, Plan::fold, Plan::stream, Plan::fold_gemm};
 
+/// Whether torch's matrix product keeps the kernels' promise: full products, where torch's user has allowed it less in
+/// float32, and one rounding, where a half type's bias would be rounded before it is added.
+bool gemm_is_exact(const ManifoldLinearParams& p, Pass pass) {
+  if (p.dtype == DType::float32) {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
+    const auto precision = at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
+    return precision != at::Float32Precision::BF16 && precision != at::Float32Precision::TF32;
+#else
+    return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
+#endif
+  }
+  return p.dtype == DType::float64 || pass == Pass::backward || !p.bias;
+}
+
 double padded(double rows) { return std::ceil(rows / kAlign) * kAlign; }
 
 double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
@@ -72,7 +88,9 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       element += samples * (terms * (cost.blend + (backward ? cost.spread : 0)) + cost.turn);
       break;
   }
-  const double calls = plan == Plan::fold_gemm ? samples * std::ceil(double(p.out_features) / 256) * cost.call : 0;
+  const double calls = plan == Plan::fold_gemm
+                           ? samples * std::ceil(double(backward ? p.in_features : p.out_features) / 256) * cost.call
+                           : 0;
   return element * double(p.out_features) * double(p.in_features) + calls;
 }
 
@@ -94,8 +112,11 @@ const char* plan_name(Plan plan) {
 
 std::vector<PlanCost> plan_costs(const ManifoldLinearParams& p, Pass pass) {
   std::vector<PlanCost> plans;
-  for (const Plan plan : kPlans)
-    if (plan != Plan::stream || p.rows() <= kMostStreamRows) plans.push_back({plan, seconds(p, pass, plan)});
+  for (const Plan plan : kPlans) {
+    if (plan == Plan::stream && p.rows() > kMostStreamRows) continue;
+    if (plan == Plan::fold_gemm && !gemm_is_exact(p, pass)) continue;
+    plans.push_back({plan, seconds(p, pass, plan)});
+  }
   std::stable_sort(plans.begin(), plans.end(), [](const auto& a, const auto& b) { return a.seconds < b.seconds; });
   return plans;
 }
@@ -123,7 +144,8 @@ std::map<std::string, std::vector<std::pair<std::string, double>>> explain_manif
 Plan choose_plan(const ManifoldLinearParams& p, Pass pass) {
   if (const char* const forced = std::getenv("NEUROMOD_PLAN")) {
     for (const Plan plan : kPlans)
-      if (std::string(forced) == plan_name(plan)) return plan;
+      if (std::string(forced) == plan_name(plan))
+        return plan == Plan::fold_gemm && !gemm_is_exact(p, pass) ? Plan::fold : plan;
     TORCH_CHECK_VALUE(forced[0] == '\0',
                       "manifold_linear: expected NEUROMOD_PLAN to be expand, fold, stream or fold_gemm, got ", forced,
                       "; unset it");

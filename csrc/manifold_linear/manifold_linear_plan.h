@@ -23,10 +23,11 @@ struct PlanCost {
   double seconds;  // on one thread, by the cost model
 };
 
-/// The cost of every plan, cheapest first; from sizes alone.
+/// The cost of every plan, cheapest first; from sizes, and what precision torch's matrix product has.
 std::vector<PlanCost> plan_costs(const ManifoldLinearParams& p, Pass pass);
 
-/// The cheapest plan, or the one the environment variable NEUROMOD_PLAN names.
+/// The cheapest plan, or the one the environment variable NEUROMOD_PLAN names; fold where fold_gemm would be less
+/// exact.
 Plan choose_plan(const ManifoldLinearParams& p, Pass pass);
 
 const char* plan_name(Plan plan);

@@ -12,6 +12,8 @@
 // Cost: 2 B T K O I flop; B T (O + I) + K O I elements at least. Error: B T + splits roundings of float32, one of c x
 // to the operands' dtype, one of the result. Oracle: manifold_linear.cu. Floor, predicted and not measured, on an H100:
 // as the forward pass.
+#include <algorithm>
+
 #include "manifold_linear/manifold_linear_mix.h"
 #include "manifold_linear/manifold_linear_tiles.h"
 
@@ -149,24 +151,25 @@ __global__ void __launch_bounds__(Shape::kThreads)
 template <class T, int Threads>
 __global__ void __launch_bounds__(Threads)
     manifold_linear_grad_coeff_sum_kernel(ManifoldLinearParams p, CudaDots terms, const float* dots, View out) {
-  const int64_t b = blockIdx.x / p.num_local, l = blockIdx.x % p.num_local;
-  const int64_t k = (p.first_basis(b) + l) % p.num_basis, slices = ceil_div(p.out_features, slice_depth(p.dtype));
-  const int64_t total = p.num_basis * slices;
-  float sum = 0;
-  for (int64_t split = 0; split < terms.splits; ++split) {
-    const int64_t begin = total * split / terms.splits, end = total * (split + 1) / terms.splits;
-    if (end <= k * slices || begin >= (k + 1) * slices) continue;  // it met no slice of k, and wrote nothing
-    for (int64_t i = threadIdx.x; i < terms.tiles * terms.each; i += Threads) {
-      const int64_t slot = i % terms.tiles * terms.splits + split, t = i / terms.tiles;
-      sum += dots[((slot * p.batch + b) * terms.each + t) * p.num_local + l];
+  const int64_t slices = ceil_div(p.out_features, slice_depth(p.dtype)), total = p.num_basis * slices;
+  for (int64_t pair = blockIdx.x; pair < p.batch * p.num_local; pair += gridDim.x) {
+    const int64_t b = pair / p.num_local, l = pair % p.num_local, k = (p.first_basis(b) + l) % p.num_basis;
+    float sum = 0;
+    for (int64_t split = 0; split < terms.splits; ++split) {
+      const int64_t begin = total * split / terms.splits, end = total * (split + 1) / terms.splits;
+      if (end <= k * slices || begin >= (k + 1) * slices) continue;  // it met no slice of k, and wrote nothing
+      for (int64_t i = threadIdx.x; i < terms.tiles * terms.each; i += Threads) {
+        const int64_t slot = i % terms.tiles * terms.splits + split, t = i / terms.tiles;
+        sum += dots[((slot * p.batch + b) * terms.each + t) * p.num_local + l];
+      }
     }
+    for (int64_t i = threadIdx.x; p.bias && i < p.tokens * p.out_features; i += Threads) {
+      const int64_t row = b * p.tokens + i / p.out_features, o = i % p.out_features;
+      sum += to_acc<float>(*p.output.template at<T>(row, o)) * to_acc<float>(*p.bias.template at<T>(k, o));
+    }
+    sum = block_sum<Threads>(sum);
+    if (threadIdx.x == 0) *out.at<float>(b, l) = sum;
   }
-  for (int64_t i = threadIdx.x; p.bias && i < p.tokens * p.out_features; i += Threads) {
-    const int64_t row = b * p.tokens + i / p.out_features, o = i % p.out_features;
-    sum += to_acc<float>(*p.output.template at<T>(row, o)) * to_acc<float>(*p.bias.template at<T>(k, o));
-  }
-  sum = block_sum<Threads>(sum);
-  if (threadIdx.x == 0) *out.at<float>(b, l) = sum;
 }
 
 }  // namespace
@@ -174,7 +177,7 @@ __global__ void __launch_bounds__(Threads)
 int launch_grad_coeff_sum(const ManifoldLinearBackwardParams& q, stream_t stream) {
   const ManifoldLinearParams& p = q.p;
   const CudaDots terms = cuda_dots(p);
-  const dim3 grid(static_cast<unsigned>(p.batch * p.num_local));
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(p.batch * p.num_local, 1 << 20)));
   const float* const dots = static_cast<const float*>(cuda_dots_begin(q));
   const bool many = terms.tiles * terms.each + (p.bias ? p.tokens * p.out_features : 0) > 512;
   dispatch_narrow(p.dtype, [&](auto tag) {

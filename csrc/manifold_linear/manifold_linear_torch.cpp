@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <array>
 #include <cstdlib>
@@ -78,6 +79,17 @@ View matrix_view(const Tensor& t) {
   return v;
 }
 
+/// Whether torch lets float32 products on CUDA round their operands to tf32, as its user has said in either way it
+/// knows.
+bool tf32_allowed() {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+#else
+  return at::globalContext().allowTF32CuBLAS();
+#endif
+}
+
 /// What a call is about, as the kernels take it. Operands that are not there stay empty.
 class Call {
  public:
@@ -89,7 +101,7 @@ class Call {
     p.num_local = num_local;
     p.out_features = out_features;
     p.in_features = in_features;
-    p.tf32 = at::globalContext().allowTF32CuBLAS();
+    p.tf32 = p.dtype == DType::float32 && runs_cuda_kernels(like.device()) && tf32_allowed();
   }
   void input(const Tensor& t) { rows(keep(as_matrix(t)), p.input); }
   void output(const Tensor& t) { rows(keep(as_matrix(t)), p.output); }
