@@ -1,0 +1,102 @@
+// Elements and registers of the row operations: conversions between element types and the types of their sums, and 64
+// bytes of sums at a time. For vector.cpp alone, which compiles it once for each instruction set: all of it has
+// internal linkage.
+#pragma once
+
+#include "common/vector.h"
+
+namespace neuromod {
+namespace {
+
+template <class To, class From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+inline double wide(double x) { return x; }
+inline float wide(float x) { return x; }
+inline float wide(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
+/// The exponent is rebiased by a multiplication, exact for subnormal numbers too; infinity and NaN keep theirs.
+inline float wide(Float16 x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13, sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t scaled = bits_as<uint32_t>(bits_as<float>(magnitude) * 0x1p112f);
+  return bits_as<float>(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled));
+}
+
+/// From the type of a sum to an element.
+template <class T>
+inline T rounded(acc_t<T> x) {
+  return x;
+}
+/// To nearest even: half a unit is added to the bits, less one bit if that keeps an even result even.
+template <>
+inline BFloat16 rounded<BFloat16>(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return {uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : nearest >> 16)};
+}
+/// To nearest even: normal results as for bfloat16, on the rebiased bits; subnormal ones by adding a number whose unit
+/// is float16's smallest, so that the processor rounds.
+template <>
+inline Float16 rounded<Float16>(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x47800000u ? 0x7c00u : result;
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;
+  return {uint16_t(result | (bits >> 16 & 0x8000u))};
+}
+
+/// 64 bytes of sums; narrower registers hold them in parts.
+template <class A>
+struct LanesOf {
+  typedef A type __attribute__((vector_size(64)));
+};
+template <class A>
+using Lanes = typename LanesOf<A>::type;
+template <class A>
+constexpr int64_t kLanes = 64 / sizeof(A);
+
+template <class V, class T>
+inline V load_as(const T* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <class T>
+inline Lanes<acc_t<T>> load(const T* from) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    typedef uint16_t Narrow __attribute__((vector_size(32)));
+    return bits_as<Lanes<float>>(__builtin_convertvector(load_as<Narrow>(from), Lanes<uint32_t>) << 16);
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    typedef uint16_t Narrow __attribute__((vector_size(32)));
+    const Lanes<uint32_t> bits = __builtin_convertvector(load_as<Narrow>(from), Lanes<uint32_t>);
+    const Lanes<uint32_t> magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
+    const auto scaled = bits_as<Lanes<uint32_t>>(bits_as<Lanes<float>>(magnitude) * 0x1p112f);
+    const auto not_finite = bits_as<Lanes<uint32_t>>(magnitude >= 0x0f800000u) & 0x7f800000u;
+    return bits_as<Lanes<float>>(sign | scaled | not_finite);
+  } else {
+    return load_as<Lanes<T>>(from);
+  }
+}
+
+/// Halves are added, then quarters: a fixed order, whatever the registers.
+inline float sum_of(Lanes<float> v) {
+  const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto quarter =
+      __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+inline double sum_of(Lanes<double> v) {
+  const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  return (half[0] + half[2]) + (half[1] + half[3]);
+}
+
+}  // namespace
+}  // namespace neuromod
