@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kPartColumns* kPartRows)
       if (row < half) rows[row][column] += rows[row + half][column];
       __syncthreads();
     }
-    if (row == 0 && i < count) out[i] = static_cast<Out>(scale * rows[0][column]);
+    if (row == 0 && i < count) out[i] = from_acc<Out>(scale * rows[0][column]);
   }
 }
 

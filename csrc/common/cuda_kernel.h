@@ -52,6 +52,9 @@
 
 namespace neuromod {
 
+/// Shared memory that a block may have on every card from sm_80 on; on sm_86, sm_89 and sm_120 it is no more.
+constexpr std::size_t kSharedPerBlock = 99 << 10;
+
 #if defined(NEUROMOD_EMULATED)
 inline int launch_status() { return 0; }
 #else

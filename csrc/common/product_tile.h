@@ -139,6 +139,20 @@ __device__ __forceinline__ void store_pair(T* to, float first, float second, int
   }
 }
 
+/// Two neighbours of a row in memory, of which `left` are there, else 0; `aligned`: rows begin at a multiple of 16
+/// bytes, and the first is in an even column.
+template <class T>
+__device__ __forceinline__ float2 load_pair(const T* from, int64_t left, bool aligned) {
+  if (aligned && left >= 2) {
+    if constexpr (sizeof(T) == 2) {
+      return widen_pair<T>(*reinterpret_cast<const uint32_t*>(from));
+    } else {
+      return *reinterpret_cast<const float2*>(from);
+    }
+  }
+  return make_float2(left >= 1 ? to_acc<float>(from[0]) : 0.0f, left >= 2 ? to_acc<float>(from[1]) : 0.0f);
+}
+
 /// Two neighbours of a tile's row, the first in an even column.
 template <int Cols, class T>
 __device__ __forceinline__ float2 tile_pair(const T* tile, int row, int col) {

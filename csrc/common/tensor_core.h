@@ -7,17 +7,15 @@
 //   since the last; copy_async_wait<N>() waits until all groups of the thread but its newest N have arrived. Other
 //   threads see them after the next barrier.
 //
-// load_matrix(to, row) reads 1, 2 or 4 matrices of 8 x 8 16-bit elements from shared memory: lane 8 m + i brings the
-//   address of row i of matrix m, aligned to 16 bytes; to[m] becomes elements 2t and 2t + 1 of row g, the first in the
-//   low half. load_matrix_transposed: rows 2t and 2t + 1 of column g.
+// load_matrix(to, row) reads four matrices of 8 x 8 16-bit elements from shared memory: lane 8 m + i brings the address
+//   of row i of matrix m, aligned to 16 bytes; to[m] becomes elements 2t and 2t + 1 of row g, the first in the low
+//   half. load_matrix_transposed: rows 2t and 2t + 1 of column g.
 //
 // multiply_add<T>(d, a, b), d += a b for T of 16 bits, a [16, 16], b [16, 8], d [16, 8] in float32:
 //   a[r]: row g + 8 (r % 2), columns 2t and 2t + 1, + 8 (r / 2)     b[r]: rows 2t and 2t + 1, + 8 r, column g
 //   d[r]: row g + 8 (r / 2), column 2t + r % 2
 // multiply_add_tf32(d, a, b), a [16, 8] and b [8, 8] of float32 bits whose low 13 count for nothing (see to_tf32):
 //   a[r]: row g + 8 (r % 2), column t + 4 (r / 2)                   b[r]: row t + 4 r, column g      d as above
-// multiply_add(d, a, b) in double, a [8, 4], b [4, 8]:
-//   a: row g, column t         b: row t, column g                   d[r]: row g, column 2t + r
 // Products of 16-bit and tf32 numbers are exact in float32. The order and rounding of their sums within an instruction
 // are the hardware's own: its error is that of a float32 sum to within a small factor.
 #pragma once
@@ -55,33 +53,9 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(Newest) : "memory");
 }
 
-__device__ __forceinline__ void load_matrix(uint32_t (&to)[1], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];\n"
-               : "=r"(to[0])
-               : "r"(shared_address(row))
-               : "memory");
-}
-__device__ __forceinline__ void load_matrix(uint32_t (&to)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];\n"
-               : "=r"(to[0]), "=r"(to[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
 __device__ __forceinline__ void load_matrix(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-__device__ __forceinline__ void load_matrix_transposed(uint32_t (&to)[1], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];\n"
-               : "=r"(to[0])
-               : "r"(shared_address(row))
-               : "memory");
-}
-__device__ __forceinline__ void load_matrix_transposed(uint32_t (&to)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];\n"
-               : "=r"(to[0]), "=r"(to[1])
                : "r"(shared_address(row))
                : "memory");
 }
@@ -113,12 +87,6 @@ __device__ __forceinline__ void multiply_add_tf32(float (&d)[4], const uint32_t 
       "{%0, %1, %2, %3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ __forceinline__ void multiply_add(double (&d)[2], double a, double b) {
-  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};\n"
-      : "+d"(d[0]), "+d"(d[1])
-      : "d"(a), "d"(b));
 }
 
 /// The bits of `value` rounded to tf32 (10 bits of mantissa), to nearest, ties away from zero.

@@ -280,7 +280,7 @@ void require_launchable(const Launch& launch) {
     refuse("a grid of at least 1 and at most 2^31 - 1 blocks along x and 65535 along y and z",
            text(uint3{grid.x, grid.y, grid.z}));
   }
-  constexpr size_t kMostShared = 227 << 10;  // of the GPUs this library targets, the roomiest
+  constexpr size_t kMostShared = 99 << 10;  // kSharedPerBlock of common/cuda_kernel.h
   if (launch.shared_bytes > kMostShared) {
     refuse("at most " + std::to_string(kMostShared) + " bytes of dynamic shared memory",
            std::to_string(launch.shared_bytes));

@@ -34,7 +34,6 @@ void launch_pipeline(const float* x, float* y, int tiles, unsigned threads);
 void launch_matrices(uint32_t* out);
 void launch_multiply_half(HalfType type, const uint16_t* a, const uint16_t* b, float* d);
 void launch_multiply_tf32(const uint32_t* a, const uint32_t* b, float* d);
-void launch_multiply_double(const double* a, const double* b, double* d);
 void launch_to_tf32(const float* value, uint32_t* bits, int n);
 
 // What only the emulator has: an order to observe, and mistakes it is to notice.

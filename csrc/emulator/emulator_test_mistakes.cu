@@ -86,7 +86,7 @@ __global__ void product_mistake_kernel(ProductMistake mistake, float* out) {
   const int i = threadIdx.x;
   uint32_t a[4] = {}, b[2] = {};
   float d[4] = {};
-  if (mistake == ProductMistake::misaligned_row) load_matrix(b, &buffer[4 * (i % 16) + 1]);
+  if (mistake == ProductMistake::misaligned_row) load_matrix(a, &buffer[4 * (i % 32) + 1]);
   if (mistake != ProductMistake::in_branch || i != 7) multiply_add<__nv_bfloat16>(d, a, b);
   out[i] = d[0];
 }
@@ -116,7 +116,7 @@ void launch_exchange(ExchangeMistake mistake, const float* x, float* y, int n) {
   NEUROMOD_LAUNCH(exchange_kernel, 1, n, n * sizeof(float), nullptr, mistake, x, y, n);
 }
 void launch_product_mistake(ProductMistake mistake, float* out, unsigned threads) {
-  NEUROMOD_LAUNCH(product_mistake_kernel, 1, threads, 72 * sizeof(uint32_t), nullptr, mistake, out);
+  NEUROMOD_LAUNCH(product_mistake_kernel, 1, threads, 136 * sizeof(uint32_t), nullptr, mistake, out);
 }
 
 }  // namespace neuromod::emulator_test

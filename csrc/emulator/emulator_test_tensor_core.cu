@@ -41,25 +41,17 @@ __global__ void pipeline_kernel(const float* x, float* y, int tiles) {
   }
 }
 
-/// out [3, 2, 32, 4]: for 1, 2 and 4 matrices, plain and transposed, what each lane got of elements 0, 1, 2, ...
+/// out [2, 32, 4]: plain and transposed, what each lane got of elements 0, 1, 2, ...
 __global__ void matrices_kernel(uint32_t* out) {
   NEUROMOD_DYNAMIC_SHARED(uint16_t, buffer);
   const int lane = threadIdx.x;
   for (int i = 0; i < 8; ++i) buffer[8 * lane + i] = static_cast<uint16_t>(8 * lane + i);
   __syncwarp();
-  uint32_t one[2][1], two[2][2], four[2][4];
-  load_matrix(one[0], &buffer[lane % 8 * 8]);
-  load_matrix_transposed(one[1], &buffer[lane % 8 * 8]);
-  load_matrix(two[0], &buffer[lane % 16 * 8]);
-  load_matrix_transposed(two[1], &buffer[lane % 16 * 8]);
+  uint32_t four[2][4];
   load_matrix(four[0], &buffer[lane * 8]);
   load_matrix_transposed(four[1], &buffer[lane * 8]);
-  for (int transposed = 0; transposed < 2; ++transposed) {
-    uint32_t* const to = out + transposed * 128 + lane * 4;
-    to[0] = one[transposed][0];
-    for (int m = 0; m < 2; ++m) to[256 + m] = two[transposed][m];
-    for (int m = 0; m < 4; ++m) to[512 + m] = four[transposed][m];
-  }
+  for (int transposed = 0; transposed < 2; ++transposed)
+    for (int m = 0; m < 4; ++m) out[transposed * 128 + lane * 4 + m] = four[transposed][m];
 }
 
 /// d [16, 8] += a [16, Depth] b [Depth, 8], each element taken to the register where the PTX manual has it. Pack is the
@@ -91,13 +83,6 @@ __global__ void multiply_half_kernel(const uint16_t* a, const uint16_t* b, float
 __global__ void multiply_tf32_kernel(const uint32_t* a, const uint32_t* b, float* d) {
   multiply<8, 1>(a, b, d,
                  [](float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { multiply_add_tf32(d, a, b); });
-}
-
-__global__ void multiply_double_kernel(const double* a, const double* b, double* d) {
-  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
-  double sum[2] = {d[g * 8 + 2 * t], d[g * 8 + 2 * t + 1]};
-  multiply_add(sum, a[g * 4 + t], b[t * 8 + g]);
-  for (int r = 0; r < 2; ++r) d[g * 8 + 2 * t + r] = sum[r];
 }
 
 __global__ void to_tf32_kernel(const float* value, uint32_t* bits, int n) {
@@ -139,11 +124,6 @@ void launch_multiply_half(HalfType type, const uint16_t* a, const uint16_t* b, f
 
 void launch_multiply_tf32(const uint32_t* a, const uint32_t* b, float* d) {
   NEUROMOD_LAUNCH(multiply_tf32_kernel, 1, 32, 0, nullptr, a, b, d);
-  require_launched();
-}
-
-void launch_multiply_double(const double* a, const double* b, double* d) {
-  NEUROMOD_LAUNCH(multiply_double_kernel, 1, 32, 0, nullptr, a, b, d);
   require_launched();
 }
 

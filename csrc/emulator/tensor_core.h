@@ -40,17 +40,14 @@ struct MatrixRow {
 
 /// Each lane's row is read as the lane arrives, not as others leave: what is written after the instruction, without a
 /// barrier, is not seen.
-template <int Count>
-void load_matrices(uint32_t (&to)[Count], const void* row, bool transposed, CallSite site) {
+inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, CallSite site) {
   const unsigned lane = linear_thread_index() % warpSize, g = lane / 4, t = lane % 4;
-  MatrixRow mine = {};
-  if (lane < 8 * Count) {
-    if (reinterpret_cast<uintptr_t>(row) % sizeof(MatrixRow) != 0) fail("ldmatrix of a misaligned row", site);
-    std::memcpy(&mine, row, sizeof(mine));
-  }
+  MatrixRow mine;
+  if (reinterpret_cast<uintptr_t>(row) % sizeof(MatrixRow) != 0) fail("ldmatrix of a misaligned row", site);
+  std::memcpy(&mine, row, sizeof(mine));
   const WarpExchange<MatrixRow> warp(mine, "ldmatrix", site);
   if (!warp.has(warpSize - 1)) fail("ldmatrix in a warp of fewer than 32 threads", site);
-  for (unsigned m = 0; m < Count; ++m) {
+  for (unsigned m = 0; m < 4; ++m) {
     const uint32_t low = transposed ? warp[8 * m + 2 * t].element[g] : warp[8 * m + g].element[2 * t];
     const uint32_t high = transposed ? warp[8 * m + 2 * t + 1].element[g] : warp[8 * m + g].element[2 * t + 1];
     to[m] = low | high << 16;
@@ -96,16 +93,12 @@ float half_of(uint32_t pair, unsigned which) {
 
 }  // namespace emulator
 
-template <int Count>
-void load_matrix(uint32_t (&to)[Count], const void* row, emulator::CallSite site = emulator::CallSite::here()) {
-  static_assert(Count == 1 || Count == 2 || Count == 4);
+inline void load_matrix(uint32_t (&to)[4], const void* row, emulator::CallSite site = emulator::CallSite::here()) {
   emulator::load_matrices(to, row, false, site);
 }
 
-template <int Count>
-void load_matrix_transposed(uint32_t (&to)[Count], const void* row,
-                            emulator::CallSite site = emulator::CallSite::here()) {
-  static_assert(Count == 1 || Count == 2 || Count == 4);
+inline void load_matrix_transposed(uint32_t (&to)[4], const void* row,
+                                   emulator::CallSite site = emulator::CallSite::here()) {
   emulator::load_matrices(to, row, true, site);
 }
 
@@ -130,17 +123,6 @@ inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], const uint3
     for (unsigned r = 0; r < 2; ++r) b[t + 4 * r][g] = __uint_as_float(from.b[r] & mask);
   };
   emulator::multiply_fragments<8>({{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, d}, place, site);
-}
-
-inline void multiply_add(double (&d)[2], double a, double b, emulator::CallSite site = emulator::CallSite::here()) {
-  struct Pair {
-    double a, b;
-  };
-  const emulator::WarpExchange<Pair> warp({a, b}, "mma.sync", site);
-  if (!warp.has(warpSize - 1)) emulator::fail("mma.sync in a warp of fewer than 32 threads", site);
-  const unsigned lane = emulator::linear_thread_index() % warpSize, g = lane / 4, t = lane % 4;
-  for (unsigned r = 0; r < 2; ++r)
-    for (unsigned k = 0; k < 4; ++k) d[r] = std::fma(warp[4 * g + k].a, warp[4 * (2 * t + r) + k].b, d[r]);
 }
 
 inline uint32_t to_tf32(float value) {

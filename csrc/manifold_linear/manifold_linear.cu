@@ -18,7 +18,6 @@ constexpr int kDepth = 16;  // of a staged slice
 constexpr int kThreads = 256;
 constexpr int kPerThread = 4;              // rows, and columns, a thread sums
 constexpr int kSide = kTile / kPerThread;  // threads along a side
-constexpr int kBiasWarps = 16;             // of a block that sums the bias's gradient
 constexpr int64_t kMaxGrid = 65535;        // of grid dimensions y and z
 
 /// This thread's elements of a product tile: rows row() + i, columns col() + j.
@@ -165,27 +164,6 @@ __global__ void __launch_bounds__(kThreads) manifold_linear_grad_coeff_tokens_ke
   *p.coeff.at<Acc>(b, l) = sum;
 }
 
-// dbeta[k,o] = sum_r c[r,k] g[r,o]. Grid: x 32 columns, y basis points (strided). A warp adds every 16th row in order;
-// then the warps' sums are added in order.
-template <class T, class Acc>
-__global__ void __launch_bounds__(32 * kBiasWarps) manifold_linear_grad_bias_kernel(ManifoldLinearParams p) {
-  __shared__ Acc partial[kBiasWarps][32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t o = int64_t(blockIdx.x) * 32 + lane;
-  for (int64_t k = blockIdx.y; k < p.num_basis; k += gridDim.y) {
-    Acc sum = 0, c;
-    for (int64_t row = warp; row < p.rows(); row += kBiasWarps)
-      if (o < p.out_features && coefficient(p, row, k, c)) sum += c * to_acc<Acc>(*p.output.at<T>(row, o));
-    partial[warp][lane] = sum;
-    __syncthreads();
-    if (warp == 0 && o < p.out_features) {
-      for (int i = 1; i < kBiasWarps; ++i) sum += partial[i][lane];
-      *p.bias.at<T>(k, o) = from_acc<T>(sum);
-    }
-    __syncthreads();
-  }
-}
-
 // dP[k,o,i] = (accumulate ? dP[k,o,i] : 0) + sum_r c[r,k] g[r,o] x[r,i].
 // Grid: x input tiles, y output tiles, z basis points (y and z strided).
 template <class T, class Acc>
@@ -286,16 +264,6 @@ int launch_grad_basis(const ManifoldLinearBackwardParams& q, stream_t stream) {
     const dim3 grid(tiles(p.in_features), bounded(tiles(p.out_features)), bounded(p.num_basis));
     NEUROMOD_LAUNCH((manifold_linear_grad_basis_kernel<T, accumulator_t<T>>), grid, dim3(kThreads), 0, stream, p,
                     q.accumulate);
-  });
-}
-
-int launch_grad_bias(const ManifoldLinearBackwardParams& q, stream_t stream) {
-  ManifoldLinearParams p = q.p;
-  p.bias = q.grad_bias;
-  return launch(p, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.out_features, 32)), bounded(p.num_basis));
-    NEUROMOD_LAUNCH((manifold_linear_grad_bias_kernel<T, accumulator_t<T>>), grid, dim3(32 * kBiasWarps), 0, stream, p);
   });
 }
 

@@ -25,7 +25,8 @@ struct CudaProduct {
 };
 
 constexpr int kMostFolded = 64;  // coefficients of a sample that plan fold takes
-constexpr int kFoldOuterRows = 128, kFoldOuterCols = 64, kFoldOuterGroup = 4;  // tile and basis points of dP and dc
+constexpr int kFoldOuterRows = 128, kFoldOuterCols = 64, kFoldOuterGroup = 3;  // tile and basis points of dP and dc
+constexpr int kBiasGroup = 4;  // basis points of dbeta that a block takes at a time
 
 /// The plan that NEUROMOD_CUDA_PLAN forces, if it names one.
 inline bool forced_cuda_plan(CudaPlan& plan) {
@@ -100,6 +101,12 @@ inline CudaProduct cuda_fold_outer(const ManifoldLinearParams& p) {
   return product;
 }
 
+/// dbeta: splits of the rows until a card is full, at least 128 rows each.
+inline int64_t cuda_bias_splits(const ManifoldLinearParams& p) {
+  const int64_t blocks = ceil_div(p.out_features, 32) * ceil_div(p.num_basis, kBiasGroup);
+  return std::clamp(std::min(512 / blocks, p.rows() / 128), int64_t(1), int64_t(256));
+}
+
 /// Partial sums lie in rows of an even number of floats.
 NEUROMOD_HOST_DEVICE int64_t partial_cols(int64_t cols) { return cols + cols % 2; }
 inline int64_t partial_elements(const CudaProduct& product, int64_t rows, int64_t cols) {
@@ -121,7 +128,10 @@ inline int64_t cuda_partial_bytes(const ManifoldLinearBackwardParams& q) {
     const CudaProduct product = folds ? cuda_fold_outer(p) : cuda_grad_basis(p);
     elements = std::max(elements, partial_elements(product, p.num_basis * p.out_features, p.in_features));
   }
-  return 4 * elements;
+  int64_t bytes = 4 * elements;
+  if (const int64_t splits = cuda_bias_splits(p); q.grad_bias && splits > 1)
+    bytes = std::max(bytes, splits * p.num_basis * p.out_features * (p.dtype == DType::float64 ? 8 : 4));
+  return ceil_div(bytes, 16) * 16;
 }
 
 /// The terms that dc is summed from, behind the partial sums: [tiles, splits, B, each, L], in the accumulation type.

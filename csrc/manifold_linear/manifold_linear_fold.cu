@@ -26,7 +26,7 @@ namespace neuromod {
 namespace {
 
 template <class Math>
-using TallShape = ProductShape<Math, 256, 128, 4, 2, 4>;
+using TallShape = ProductShape<Math, 256, 128, 4, 2, 3>;
 
 struct FoldParams {
   ManifoldLinearParams p;
@@ -232,6 +232,7 @@ int launch_fold(FoldParams q, stream_t stream) {
     q.tiles_down = ceil_div(q.p.tokens, Tile::kM);
     q.tiles_across = ceil_div(q.cols, Tile::kN);
     const dim3 grid(static_cast<unsigned>(q.p.batch * q.tiles_down * q.tiles_across));
+    static_assert(fold_shared_bytes<Tile>() + sizeof(FoldSides<Tile>) <= kSharedPerBlock);
     NEUROMOD_LAUNCH((manifold_linear_fold_kernel<Tile, Backward>), grid, dim3(Tile::kThreads),
                     fold_shared_bytes<Tile>(), stream, q);
   });

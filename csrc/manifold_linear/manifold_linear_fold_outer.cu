@@ -244,6 +244,7 @@ int launch_fold_outer(const ManifoldLinearBackwardParams& q, stream_t stream) {
                   static_cast<unsigned>(outer.product.splits));
   dispatch_half(p.dtype, [&](auto tag) {
     using Shape = OuterShape<typename decltype(tag)::type>;
+    static_assert(outer_shared_bytes<Shape>() + sizeof(OuterSides<Shape>) <= kSharedPerBlock);
     NEUROMOD_LAUNCH(manifold_linear_fold_outer_kernel<Shape>, grid, dim3(Shape::kThreads), outer_shared_bytes<Shape>(),
                     stream, outer);
   });

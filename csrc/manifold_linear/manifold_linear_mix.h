@@ -10,9 +10,10 @@
 // on a row at all. Where a share ends within a k, what there is of the product is added; whoever begins a k adds its
 // bias.
 //
-// Reads left and P once a tile (L2 serves the repeats), c and beta once a k, x once. Writes out once, rounded once, or
-// with splits partial sums [splits, B T, partial_cols(n)] for manifold_linear_sum_splits; dots [tiles across, splits, B
-// T, L] once, for those splits that a k meets. No atomics: the order of sums follows from shapes alone.
+// Reads left and P once a tile (L2 serves the repeats), c, beta and x once a k (x from L1 after the first). Writes out
+// once, rounded once, or with splits partial sums [splits, B T, partial_cols(n)] for manifold_linear_sum_splits; dots
+// [tiles across, splits, B T, L] once, for those splits that a k meets. No atomics: the order of sums follows from
+// shapes alone.
 //
 // Cost: 2 B T K depth n flop; B T depth + K depth n + B T n elements at least, where left is re-read for each k from
 // L2. Error: depth + K + splits roundings of float32 on a path, and that of the result; with tf32, of both operands.
@@ -49,10 +50,9 @@ struct SliceCursor {
   }
 };
 
-template <class Shape, bool Backward>
+template <class Shape>
 constexpr size_t mix_shared_bytes() {
-  const size_t slices = Shape::kStages * (Shape::kLeft + Shape::kRight);
-  return sizeof(typename Shape::Element) * (slices + (Backward ? Shape::kM * Shape::kN : 0));
+  return sizeof(typename Shape::Element) * Shape::kStages * (Shape::kLeft + Shape::kRight);
 }
 
 /// What a basis point brings to a tile's rows and columns; of two basis points at a time, since threads that are ahead
@@ -76,7 +76,6 @@ class Mixer {
         sides_(sides),
         left_(shared),
         right_(shared + Shape::kStages * Shape::kLeft),
-        input_(shared + Shape::kStages * (Shape::kLeft + Shape::kRight)),
         slices_(ceil_div(q.depth, Shape::kDepth)),
         tile_(TileIndex::of(blockIdx.x, q.product.tiles_down, q.product.tiles_across)),
         row_(tile_.down * Shape::kM),
@@ -94,7 +93,6 @@ class Mixer {
   __device__ __forceinline__ void run() {
     SliceCursor at{begin_ / slices_, begin_ % slices_};
     ahead_ = at;
-    if (Backward && q_.dots) fetch_input();
     for (int stage = 0; stage < Shape::kStages - 1; ++stage) fetch(begin_ + stage, stage);
     prepare(at.k);
     ProductSums<Shape> product, sum;
@@ -142,14 +140,6 @@ class Mixer {
     copy_async_commit();
   }
 
-  /// The tile of x, with the first slice's group.
-  __device__ __forceinline__ void fetch_input() {
-    const View& x = q_.p.input;
-    const TileSource<Shape::kM, Shape::kN, true, Shape::kThreads, T> source(x.at<T>(row_, col_), x.stride[0],
-                                                                            q_.p.rows() - row_, q_.input_aligned);
-    source.fetch(input_, 0, q_.cols - col_);
-  }
-
   /// Basis point k's coefficients of the tile's rows, and bias of its columns if this block begins k.
   __device__ __forceinline__ void prepare(int64_t k) {
     const ManifoldLinearParams& p = q_.p;
@@ -189,7 +179,8 @@ class Mixer {
     product.clear();
   }
 
-  /// Each row's dot product of `product` with x, by warp: its columns in order in a thread, then four threads' sums.
+  /// Each row's dot product of `product` with x, by warp: its columns in order in a thread, then four threads' sums. x
+  /// comes from L1 after the first k: a tile of it in shared memory would not fit every card.
   __device__ __forceinline__ void dot(int64_t k, const ProductSums<Shape>& product) const {
     const int warp_col = threadIdx.x / 32 % Shape::kWarpsN;
 #pragma unroll
@@ -197,13 +188,15 @@ class Mixer {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = product.row(i, h);
+        const int64_t left = row_ + row < q_.p.rows() ? q_.cols - col_ : 0;
+        const T* const from = q_.p.input.template at<T>(row_ + row, col_);
         float total = 0;
 #pragma unroll
         for (int j = 0; j < product.kColParts; ++j) {
           const int col = product.col(j);
-          const float2 x = tile_pair<Shape::kN>(input_, row, col);
-          if (col_ + col < q_.cols) total += product.at[i][j][2 * h] * x.x;
-          if (col_ + col + 1 < q_.cols) total += product.at[i][j][2 * h + 1] * x.y;
+          const float2 x = load_pair(from + col, left - col, q_.input_aligned);
+          if (col < left) total += product.at[i][j][2 * h] * x.x;
+          if (col + 1 < left) total += product.at[i][j][2 * h + 1] * x.y;
         }
         total += __shfl_xor_sync(0xffffffffu, total, 1);
         total += __shfl_xor_sync(0xffffffffu, total, 2);
@@ -245,7 +238,7 @@ class Mixer {
 
   const MixParams& q_;
   MixSides<Shape>& sides_;
-  T *left_, *right_, *input_;
+  T *left_, *right_;
   int64_t slices_;
   TileIndex tile_;
   int64_t row_, col_;  // the tile's first
@@ -272,8 +265,9 @@ int launch_mix_tiles(const MixParams& q, stream_t stream) {
                   static_cast<unsigned>(q.product.splits));
   dispatch_shape(q.p, q.product.plan, [&](auto tag) {
     using Shape = typename decltype(tag)::type;
+    static_assert(mix_shared_bytes<Shape>() + sizeof(MixSides<Shape>) <= kSharedPerBlock);
     NEUROMOD_LAUNCH((manifold_linear_mix_tiles_kernel<Shape, Backward>), grid, dim3(Shape::kThreads),
-                    (mix_shared_bytes<Shape, Backward>()), stream, q);
+                    mix_shared_bytes<Shape>(), stream, q);
   });
   if (const int status = launch_status(); status != 0 || !q.partial || !q.out) return status;
   const View out{q.out.data, {0, q.out.stride[0], 1}};

@@ -17,6 +17,9 @@ int launch_forward_fold(const ManifoldLinearParams& p, stream_t stream);
 int launch_grad_input_fold(const ManifoldLinearBackwardParams& q, stream_t stream);
 int launch_fold_outer(const ManifoldLinearBackwardParams& q, stream_t stream);
 
+// Every plan and dtype: dbeta.
+int launch_grad_bias(const ManifoldLinearBackwardParams& q, stream_t stream);
+
 /// The last step of dc in all of them: adds up its terms in the workspace, and the bias's.
 int launch_grad_coeff_sum(const ManifoldLinearBackwardParams& q, stream_t stream);
 

@@ -163,9 +163,15 @@ __global__ void __launch_bounds__(Threads)
         sum += dots[((slot * p.batch + b) * terms.each + t) * p.num_local + l];
       }
     }
-    for (int64_t i = threadIdx.x; p.bias && i < p.tokens * p.out_features; i += Threads) {
-      const int64_t row = b * p.tokens + i / p.out_features, o = i % p.out_features;
-      sum += to_acc<float>(*p.output.template at<T>(row, o)) * to_acc<float>(*p.bias.template at<T>(k, o));
+    if (p.bias) {  // all (t, o), counted without a division each
+      const int64_t rows = Threads / p.out_features, cols = Threads % p.out_features;
+      int64_t t = threadIdx.x / p.out_features, o = threadIdx.x % p.out_features;
+      while (t < p.tokens) {
+        sum +=
+            to_acc<float>(*p.output.template at<T>(b * p.tokens + t, o)) * to_acc<float>(*p.bias.template at<T>(k, o));
+        t += rows, o += cols;
+        if (o >= p.out_features) ++t, o -= p.out_features;
+      }
     }
     sum = block_sum<Threads>(sum);
     if (threadIdx.x == 0) *out.at<float>(b, l) = sum;
@@ -227,6 +233,7 @@ int launch_grad_basis_tiles(const ManifoldLinearBackwardParams& q, stream_t stre
                   static_cast<unsigned>(outer.product.splits));
   dispatch_shape(p, outer.product.plan, [&](auto tag) {
     using Shape = typename decltype(tag)::type;
+    static_assert(outer_shared_bytes<Shape>() + sizeof(OuterRows<Shape>) <= kSharedPerBlock);
     NEUROMOD_LAUNCH(manifold_linear_grad_basis_tiles_kernel<Shape>, grid, dim3(Shape::kThreads),
                     outer_shared_bytes<Shape>(), stream, outer);
   });
