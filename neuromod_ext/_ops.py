@@ -40,6 +40,7 @@ NAMES = (
     "interpolate_weights_grad_coeff",
     "manifold_metric",
     "manifold_step_",
+    "manifold_step_foreach_",
 )
 CPU_ONLY = ("manifold_conv", "manifold_conv_backward")  # those that have no CUDA kernel
 
@@ -254,6 +255,32 @@ def _fake_manifold_step_(
         momentum_buffer,
         metric_inverse,
         lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+    )
+
+
+def _fake_manifold_step_foreach_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    metric_inverses: Sequence[Tensor | None],
+    lr: Tensor,
+    *,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first_step: bool = False,
+) -> None:
+    _checks.manifold_step_foreach_(
+        params,
+        grads,
+        momentum_buffers,
+        metric_inverses,
+        lr,
         momentum=momentum,
         dampening=dampening,
         weight_decay=weight_decay,

@@ -341,6 +341,59 @@ def manifold_step_(
     )
     read = {"grad": grad, "metric_inverse": metric_inverse}
     _checks.written_memory("manifold_step_", read, param=param, momentum_buffer=momentum_buffer)
+    operands = (param, grad, momentum_buffer, metric_inverse)
+    _step(*operands, lr, momentum, dampening, weight_decay, nesterov, maximize, first_step)
+
+
+def manifold_step_foreach_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    metric_inverses: Sequence[Tensor | None],
+    lr: Tensor,
+    *,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first_step: bool = False,
+) -> None:
+    """:func:`manifold_step_` of many parameters, by a rate in a tensor."""
+    _checks.manifold_step_foreach_(
+        params,
+        grads,
+        momentum_buffers,
+        metric_inverses,
+        lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+    )
+    read = {f"grads[{i}]": t for i, t in enumerate(grads)}
+    read |= {f"metric_inverses[{i}]": t for i, t in enumerate(metric_inverses) if t is not None}
+    written = {f"params[{i}]": t for i, t in enumerate(params)}
+    written |= {f"momentum_buffers[{i}]": t for i, t in enumerate(momentum_buffers)}
+    _checks.written_memory("manifold_step_foreach_", {**read}, **written)
+    for i, param in enumerate(params):
+        buffer = momentum_buffers[i] if len(momentum_buffers) > 0 else None
+        operands = (param, grads[i], buffer, metric_inverses[i])
+        _step(*operands, lr, momentum, dampening, weight_decay, nesterov, maximize, first_step)
+
+
+def _step(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    metric_inverse: Tensor | None,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first_step: bool,
+) -> None:
     wide = accumulation_dtype(param.dtype)
     d = grad.to(wide)
     if metric_inverse is not None:

@@ -220,6 +220,10 @@ GOOD: dict[str, dict[str, Any]] = {
         "param": t(3, 5), "grad": t(3, 5), "momentum_buffer": t(3, 5), "metric_inverse": t(3, 3),
         "lr": 0.1, "momentum": 0.9,
     },
+    "manifold_step_foreach_": {
+        "params": [t(3, 5), t(2, 4)], "grads": [t(3, 5), t(2, 4)], "momentum_buffers": [t(3, 5), t(2, 4)],
+        "metric_inverses": [t(3, 3), None], "lr": t(dtype=F64), "momentum": 0.9,
+    },
 }  # fmt: skip
 G, X = "grad_output", "input"
 INTERPOLATE_GRADIENTS: Rows = [
@@ -353,6 +357,30 @@ BAD: dict[str, Rows] = {
         ("lr infinite", {"lr": math.inf}, ValueError, "lr to be finite, got inf"),
         ("momentum infinite", {"momentum": -math.inf}, ValueError, "momentum to be finite, got -inf"),
         ("dampening NaN", {"dampening": math.nan}, ValueError, "dampening to be finite, got nan"),
+        ("decay NaN", {"weight_decay": math.nan}, ValueError, "weight_decay to be finite, got nan"),
+    ],
+    "manifold_step_foreach_": [
+        ("no grads", {"grads": []}, ValueError, "as many grads as params = 2, got 0"),
+        ("one buffer", {"momentum_buffers": [t(3, 5)]}, ValueError, "as many momentum_buffers as params = 2, got 1"),
+        ("no buffer", {"momentum_buffers": []}, ValueError,
+         "a momentum_buffer for momentum != 0, got None; pass a tensor like param"),
+        ("three inverses", {"metric_inverses": [None] * 3}, ValueError, "as many metric_inverses as params = 2, got 3"),
+        ("lr dtype", {"lr": t()}, TypeError, "lr of dtype float64, got float32; convert it with .double()"),
+        ("lr shape", {"lr": t(1, dtype=F64)}, ValueError, "lr of shape [] = [], got [1]"),
+        ("momentum infinite", {"momentum": math.inf}, ValueError, "momentum to be finite, got inf"),
+        ("integers", {"params": [t(3, 5, dtype=INT), t(2, 4)]}, TypeError, f"params[0] {FLOATING} int64"),
+        ("rank 0", {"params": [t(3, 5), t()]}, ValueError, "params[1] of shape [K, ...], got []"),
+        ("two dtypes", {"params": [t(3, 5), t(2, 4, dtype=F64)]}, TypeError,
+         "params[1] of dtype float32 (that of params[0]), got float64; convert one of them"),
+        ("param device", {"params": [t(3, 5), meta(2, 4)]}, ValueError,
+         "params[1] on cpu (where params[0] is), got meta; move one of them"),
+        ("grad shape", {"grads": [t(3, 5), t(2, 5)]}, ValueError, "grads[1] of shape [K, ...] = [2, 4], got [2, 5]"),
+        ("buffer dtype", {"momentum_buffers": [t(3, 5, dtype=F64), t(2, 4)]}, TypeError,
+         "momentum_buffers[0] of dtype float32 (that of params[0]), got float64"),
+        ("metric shape", {"metric_inverses": [None, t(3, 3)]}, ValueError,
+         "metric_inverses[1] of shape [K, K] = [2, 2], got [3, 3]"),
+        ("metric dtype", {"metric_inverses": [t(3, 3, dtype=F64), None]}, TypeError,
+         "metric_inverses[0] of dtype float32 (in which sums over float32 params[0] run), got float64"),
         ("decay NaN", {"weight_decay": math.nan}, ValueError, "weight_decay to be finite, got nan"),
     ],
 }  # fmt: skip

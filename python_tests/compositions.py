@@ -317,6 +317,7 @@ MODULES = (
 ALL = (*FUNCTIONS, *MODULES)
 NOT_DIFFERENTIABLE = {
     "manifold_step_": "changes its operands; see test_manifold_step.py",
+    "manifold_step_foreach_": "likewise; see test_manifold_step_foreach.py",
     "natural_step_": "changes its operands; see test_natural_step.py",
 }
 ABSTRACT = {"ManifoldLayer": "abstract; its children are tested"}

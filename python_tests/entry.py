@@ -36,6 +36,7 @@ class Op:
         dtypes: Dtypes of its operands.
         plan: The plan that the CPU's kernel takes for a call, if it has plans; ``oracle`` then has
             an argument of that name, which says in what order to sum.
+        lists: How the arguments are put together of a call's tensors, where some are lists.
         pads: Whether the CPU's kernel pads the depth of half types' products, by whatever plan.
     """
 
@@ -47,10 +48,11 @@ class Op:
     differentiable: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     plan: Callable[[Call], str] | None = None
+    lists: Callable[[list[Tensor | None]], list[Any]] = list
     pads: bool = False
 
     def run(self, function: Callable[..., Any], call: Call) -> list[Tensor]:
-        out = function(*call.tensors, **call.others)
+        out = function(*self.lists(call.tensors), **call.others)
         if not self.mutates:
             return list(out) if isinstance(out, tuple) else [out]
         assert out is None

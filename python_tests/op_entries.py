@@ -5,6 +5,7 @@ where infinities become NaN, not to the bound.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,6 +164,39 @@ def step_formula(
     return m if result == "m" else p + minus * lr * d
 
 
+# manifold_step_foreach_, of three parameters: their P, g, m and inverses, then the rate
+
+COUNT = 3
+
+
+def foreach_draw(d: Draw, most: int) -> Call:
+    rests = [d.sizes(2, most // 192) for _ in range(COUNT)]
+    return foreach_call(d, [(d.random.randint(1, 16), *rest[: d.pick(0, 1, 2)]) for rest in rests])
+
+
+def foreach_call(d: Draw, shapes: list[tuple[int, ...]]) -> Call:
+    buffer = d.pick(True, False)
+    calls = [step_call(d, K, tuple(rest), buffer, d.pick(True, True, False)) for K, *rest in shapes]
+    numbers = dict(calls[0].others)
+    rate = d.values(dtype=torch.float64).fill_(numbers.pop("lr"))
+    return Call([*(call.tensors[i] for i in range(4) for call in calls), rate], numbers)
+
+
+def foreach_large(d: Draw) -> Call:
+    return foreach_call(d, [(3, 150, 200), (5, 70), (3, 4000)])
+
+
+def foreach_lists(tensors: list[Tensor | None]) -> list[Any]:
+    params, grads, buffers, inverses = (tensors[i : i + COUNT] for i in range(0, 4 * COUNT, COUNT))
+    return [params, grads, [] if buffers[0] is None else buffers, inverses, tensors[-1]]
+
+
+def foreach(*tensors, **numbers) -> list[Expected]:
+    rate = tensors[-1].item()
+    each = [step(*tensors[i : 4 * COUNT : COUNT], lr=rate, **numbers) for i in range(COUNT)]
+    return [result for results in zip(*each, strict=True) for result in results]
+
+
 OPS = {
     op.name: op
     for op in (
@@ -196,5 +230,14 @@ OPS = {
             dtypes=(torch.float64, torch.float32),
         ),
         Op("manifold_step_", step_draw, step_large, step, mutates=(0, 2), differentiable=False),
+        Op(
+            "manifold_step_foreach_",
+            foreach_draw,
+            foreach_large,
+            foreach,
+            mutates=(0, 1, 2, 6, 7, 8),
+            differentiable=False,
+            lists=foreach_lists,
+        ),
     )
 }

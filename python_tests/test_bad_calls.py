@@ -8,6 +8,7 @@ import torch
 from bad_calls import BAD, GOOD
 from conftest import Backend
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from neuromod_ext import _ops, reference
 
@@ -29,29 +30,27 @@ def test_at_least_ten(name: str) -> None:
     assert len(BAD[name]) >= 10
     assert len({row[0] for row in BAD[name]}) == len(BAD[name])
     for function in (_ops.OPS[name], getattr(reference, name)):
-        function(**{k: v.clone() if torch.is_tensor(v) else v for k, v in GOOD[name].items()})
+        function(**tree_map_only(torch.Tensor, torch.clone, GOOD[name]))
 
 
 @pytest.mark.parametrize(("name", "change", "error", "words"), ROWS)
 def test_op(name: str, change: dict[str, Any], error: type, words: str, backend: Backend) -> None:
     """The kernel refuses, and leaves what it would have changed as it was."""
-    arguments = {
-        key: value.to(backend.device, copy=True)
-        if torch.is_tensor(value) and value.device.type == "cpu"
-        else value
-        for key, value in (GOOD[name] | change).items()
-    }
-    if backend.name == "emulated" and any(
-        torch.is_tensor(v) and v.is_meta for v in arguments.values()
-    ):
+    arguments = tree_map_only(
+        torch.Tensor,
+        lambda t: t if t.is_meta else t.to(backend.device, copy=True),
+        GOOD[name] | change,
+    )
+    tensors = [t for t in tree_leaves(arguments) if torch.is_tensor(t)]
+    if backend.name == "emulated" and any(t.is_meta for t in tensors):
         pytest.skip("the emulated library registers no fakes, which is where such a call goes")
-    before = {k: v.clone() for k, v in arguments.items() if torch.is_tensor(v) and not v.is_meta}
+    before = [t.clone() for t in tensors if not t.is_meta]
     caught = refusal(backend.op(name), arguments)
     words = words.replace("on cpu", f"on {torch.empty(0, device=backend.device).device}")
     assert type(caught) is error
     assert str(caught).startswith(f"{name}: expected {words}")
-    for key, value in before.items():
-        assert torch.equal(arguments[key], value)
+    for t, value in zip((t for t in tensors if not t.is_meta), before, strict=True):
+        assert torch.equal(t, value)
 
 
 @pytest.mark.parametrize(("name", "change", "error", "words"), ROWS)
@@ -61,7 +60,7 @@ def test_same_words(name: str, change: dict[str, Any], error: type, words: str) 
     told = str(refusal(_ops.OPS[name], arguments))
     by_reference = refusal(getattr(reference, name), arguments)
     with FakeTensorMode() as mode:
-        fakes = {k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in arguments.items()}
+        fakes = tree_map_only(torch.Tensor, mode.from_tensor, arguments)
         by_fake = refusal(_ops.OPS[name], fakes)
     for caught in (by_reference, by_fake):
         assert type(caught) is error

@@ -139,7 +139,8 @@ def test_opcheck(name: str) -> None:
     op = OPS[name]
     call = op.draw(Draw(f"gpu/opcheck/{name}", op.dtypes[0], "cuda"), 2_000)
     tensors = [t if t is None else leaf(t, op.differentiable) for t in call.tensors]
-    torch.library.opcheck(_ops.OPS[name], tuple(tensors), call.others, test_utils=ALL_FOUR)
+    arguments = tuple(op.lists(tensors))
+    torch.library.opcheck(_ops.OPS[name], arguments, call.others, test_utils=ALL_FOUR)
 
 
 # More than 2^31 elements

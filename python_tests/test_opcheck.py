@@ -25,7 +25,8 @@ def test_opcheck(name: str, i: int) -> None:
     layouts = ("plain",) if i % 2 == 0 else tuple(n for n in LAYOUTS if n != "expanded")
     call = op.draw(Draw(f"opcheck/{name}/{i}", dtype, layouts=layouts), 2_000)
     tensors = [t if t is None else leaf(t, op.differentiable) for t in call.tensors]
-    torch.library.opcheck(_ops.OPS[name], tuple(tensors), call.others, test_utils=ALL_FOUR)
+    arguments = tuple(op.lists(tensors))
+    torch.library.opcheck(_ops.OPS[name], arguments, call.others, test_utils=ALL_FOUR)
 
 
 def leaf(t: Tensor, requires_grad: bool) -> Tensor:

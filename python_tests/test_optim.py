@@ -10,7 +10,7 @@ from training import batch, model, train
 
 import neuromod_ext as nm
 import neuromod_ext.functional as MF
-from neuromod_ext.optim import ManifoldSGD
+from neuromod_ext.optim import ManifoldSGD, sgd
 
 F64 = torch.float64
 OPTIONS = [
@@ -198,6 +198,84 @@ def test_a_tensor_as_learning_rate() -> None:
     train(net, ManifoldSGD(net.parameters(), torch.tensor(0.25)), nm.Line(), range(2))
     train(other, ManifoldSGD(other.parameters(), 0.25), nm.Line(), range(2))
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+
+
+@options_
+def test_foreach_is_each_by_itself(options) -> None:
+    """To the bit, in groups of several dtypes, with scalars, and with who joins later."""
+
+    def run(foreach):
+        net = model(nm.Ellipse())
+        scalar, narrow = nn.Parameter(torch.tensor(2.0, dtype=F64)), nn.Parameter(torch.ones(3, 2))
+        optimizer = ManifoldSGD(
+            [*net.parameters(), scalar, narrow], 0.05, foreach=foreach, **options
+        )
+        for step in range(3):
+            optimizer.zero_grad()
+            net(*batch(nm.Ellipse(), step)).sin().square().sum().backward()
+            scalar.grad = torch.tensor(0.5, dtype=F64)
+            narrow.grad = torch.ones(3, 2) if step else None
+            optimizer.step()
+        return [*net.parameters(), scalar, narrow]
+
+    one = run(False)
+    for foreach in (True, None):
+        assert all(torch.equal(p, q) for p, q in zip(run(foreach), one, strict=True))
+
+
+def test_a_group_is_one_call(monkeypatch) -> None:
+    calls = []
+    step = MF.manifold_step_foreach_
+    monkeypatch.setattr(
+        MF, "manifold_step_foreach_", lambda p, *a, **k: calls.append(len(p)) or step(p, *a, **k)
+    )
+    for foreach in (None, False):
+        net = model(nm.Ellipse())
+        count = len(list(net.parameters()))
+        train(net, ManifoldSGD(net.parameters(), 0.1, foreach=foreach), nm.Ellipse(), range(1))
+        assert calls == ([count] if foreach is None else [1] * count)
+        calls.clear()
+
+
+@options_
+def test_capturable_is_the_same_with_the_rate_in_a_tensor(options) -> None:
+    """A scheduler writes into the tensor that a captured step would read."""
+    net, other = model(nm.Line()), model(nm.Line())
+    optimizer = ManifoldSGD(net.parameters(), 0.1, capturable=True, **options)
+    plain = ManifoldSGD(other.parameters(), 0.1, **options)
+    rate = optimizer.param_groups[0]["lr"]
+    assert rate.dtype == F64
+    schedulers = [torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5) for o in (optimizer, plain)]
+    for step in range(3):
+        train(net, optimizer, nm.Line(), range(step, step + 1))
+        train(other, plain, nm.Line(), range(step, step + 1))
+        [scheduler.step() for scheduler in schedulers]
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == 0.0125
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+
+
+def test_what_cannot_be_captured_is_refused() -> None:
+    metric = nm.optim.EmpiricalMetric(nm.Line())
+    with pytest.raises(ValueError, match="ManifoldSGD: expected no empirical metric with captur"):
+        ManifoldSGD(model(nm.Line()).parameters(), 0.1, metric=metric, capturable=True)
+    for capturable, first, words in (
+        (False, False, "capturable=True"),
+        (True, True, "a step before"),
+    ):
+        with pytest.raises(RuntimeError, match=f"ManifoldSGD: expected {words}"):
+            sgd._check_capture({"capturable": capturable}, first)
+    sgd._check_capture({"capturable": True}, False)
+
+
+def test_a_state_of_before_these_options() -> None:
+    optimizer = ManifoldSGD(model(nm.Line()).parameters(), 0.1)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["foreach"], group["capturable"]
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["capturable"] is False
+    assert optimizer.param_groups[0]["foreach"] is None
 
 
 def test_grad_scaler() -> None:

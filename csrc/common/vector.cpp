@@ -208,10 +208,9 @@ class Ops final : public VectorOps<T> {
     }
   }
 
-  void step(const ManifoldStepParams& p, int64_t k, int64_t first, int64_t n, const A* gradient) const override {
+  void step(const ManifoldStepNumbers& p, int64_t n, const A* gradient, T* param, T* buffer) const override {
     const ManifoldStepRule<A> rule(p);
-    T* const param = p.param.at<T>(k, first);
-    if (T* const buffer = p.buffer ? p.buffer.at<T>(k, first) : nullptr) {
+    if (buffer) {
       for (int64_t i = 0; i < n; ++i) {
         A value = wide(param[i]), m = wide(buffer[i]);
         rule.apply(gradient[i], value, &m);

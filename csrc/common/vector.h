@@ -62,8 +62,8 @@ class VectorOps {
   /// to[n][r] = T(sum[r][n])
   virtual void narrow_transposed(int64_t rows, int64_t cols, int64_t stride, const A* sum, T* const* to) const = 0;
 
-  /// manifold_step_ on elements [first, first + n) of basis point k, from their preconditioned gradient.
-  virtual void step(const ManifoldStepParams& p, int64_t k, int64_t first, int64_t n, const A* gradient) const = 0;
+  /// manifold_step_ on n elements of a parameter and its buffer, or null, from their preconditioned gradient.
+  virtual void step(const ManifoldStepNumbers& p, int64_t n, const A* gradient, T* param, T* buffer) const = 0;
 
  protected:
   ~VectorOps() = default;

@@ -1,4 +1,5 @@
-// manifold_step_: one step of SGD in the metric of the manifold, in place and in one pass:
+// manifold_step_: one step of SGD in the metric of the manifold, in place and in one pass, for any number of
+// parameters:
 //   d = G^-1 g + weight_decay P;  m = momentum m + (1 - dampening) d  (m = d in the first step)
 //   P -= lr (nesterov ? d + momentum m : m),  without momentum P -= lr d
 #pragma once
@@ -7,16 +8,29 @@
 
 namespace neuromod {
 
-struct ManifoldStepParams {
-  DType dtype;          // of param, grad and buffer
+/// A parameter, and what belongs to it.
+struct ManifoldStepTensor {
   int64_t num_basis;    // K
   int64_t length;       // n: elements of one basis point
   View param;           // P [K, n], last stride 1
   View grad;            // g [K, n], last stride 1
   View buffer;          // m [K, n], last stride 1; null without momentum
   View metric_inverse;  // G^-1 [K, K], accumulation type; null for the identity
-  double lr, momentum, dampening, weight_decay;
+};
+
+/// What they share.
+struct ManifoldStepNumbers {
+  double lr;
+  const double* lr_there;  // CUDA: where the kernel finds lr instead, if not null: as it is when the kernel runs
+  double momentum, dampening, weight_decay;
   bool nesterov, maximize, first_step;
+};
+
+struct ManifoldStepParams {
+  DType dtype;  // of all parameters, gradients and buffers
+  ManifoldStepNumbers numbers;
+  const ManifoldStepTensor* tensors;  // in the host's memory
+  int64_t count;
 };
 
 void manifold_step_cpu(const ManifoldStepParams& p);
@@ -28,8 +42,8 @@ struct ManifoldStepRule {
   Acc lr, momentum, undamped, weight_decay;
   bool nesterov, maximize, first_step;
 
-  NEUROMOD_HOST_DEVICE explicit ManifoldStepRule(const ManifoldStepParams& p)
-      : lr(Acc(p.lr)),
+  NEUROMOD_HOST_DEVICE explicit ManifoldStepRule(const ManifoldStepNumbers& p)
+      : lr(Acc(p.lr_there ? *p.lr_there : p.lr)),
         momentum(Acc(p.momentum)),
         undamped(Acc(1 - p.dampening)),
         weight_decay(Acc(p.weight_decay)),

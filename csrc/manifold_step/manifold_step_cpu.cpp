@@ -7,32 +7,39 @@
 #include "manifold_step/manifold_step.h"
 
 namespace neuromod {
+namespace {
+
+template <class T>
+void step(const ManifoldStepTensor& t, const ManifoldStepNumbers& numbers) {
+  using A = acc_t<T>;
+  constexpr int64_t chunk = 1024;
+  const int64_t K = t.num_basis;
+  const double seconds = 1e-10 * double(chunk * K * (t.metric_inverse ? K : 1));
+  parallel_ranges(ceil_div(t.length, chunk), seconds, [&](int64_t begin, int64_t end) {
+    const Scratch<const T*> rows(K);
+    const Scratch<A> c(K);
+    A gradient[chunk];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * chunk, n = std::min(chunk, t.length - first);
+      for (int64_t k = 0; k < K; ++k) rows[k] = t.grad.at<T>(k, first);
+      for (int64_t j = 0; j < K; ++j) {
+        if (t.metric_inverse) {
+          for (int64_t k = 0; k < K; ++k) c[k] = *t.metric_inverse.at<A>(j, k);
+          vectors<T>().mix_wide(n, K, c.data(), rows.data(), gradient);
+        } else {
+          vectors<T>().widen(n, rows[j], gradient);
+        }
+        vectors<T>().step(numbers, n, gradient, t.param.at<T>(j, first), t.buffer ? t.buffer.at<T>(j, first) : nullptr);
+      }
+    }
+  });
+}
+
+}  // namespace
 
 void manifold_step_cpu(const ManifoldStepParams& p) {
   dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    using A = acc_t<T>;
-    constexpr int64_t chunk = 1024;
-    const int64_t K = p.num_basis;
-    const double seconds = 1e-10 * double(chunk * K * (p.metric_inverse ? K : 1));
-    parallel_ranges(ceil_div(p.length, chunk), seconds, [&](int64_t begin, int64_t end) {
-      const Scratch<const T*> rows(K);
-      const Scratch<A> c(K);
-      A gradient[chunk];
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i * chunk, n = std::min(chunk, p.length - first);
-        for (int64_t k = 0; k < K; ++k) rows[k] = p.grad.at<T>(k, first);
-        for (int64_t j = 0; j < K; ++j) {
-          if (p.metric_inverse) {
-            for (int64_t k = 0; k < K; ++k) c[k] = *p.metric_inverse.at<A>(j, k);
-            vectors<T>().mix_wide(n, K, c.data(), rows.data(), gradient);
-          } else {
-            vectors<T>().widen(n, rows[j], gradient);
-          }
-          vectors<T>().step(p, j, first, n, gradient);
-        }
-      }
-    });
+    for (int64_t i = 0; i < p.count; ++i) step<typename decltype(tag)::type>(p.tensors[i], p.numbers);
   });
 }
 

@@ -33,7 +33,7 @@ class ManifoldSGD(Optimizer):
     1 (2 for the cosine and sine of an ellipse, 4 for the ends of a line), steps are as much longer:
     begin with half the rate of SGD, or a quarter.
 
-    Each parameter is updated in place in one pass by a fused kernel.
+    Parameters are updated in place in one pass by a fused kernel, those of a group together.
 
     Args:
         params: Parameters or parameter groups. Those of manifold layers bear their topology.
@@ -44,9 +44,15 @@ class ManifoldSGD(Optimizer):
         nesterov: Use Nesterov's momentum.
         maximize: Ascend instead.
         metric: The metric of parameters of its topology, in place of the closed form.
+        foreach: Step all parameters of a group that have one dtype and device in one call; on CUDA
+            that is one kernel for two dozen of them. None is yes.
+        capturable: Steps may be captured in a CUDA graph: the rate is a tensor on the parameters'
+            device, which kernels read when they run, and schedulers write. Make a step before the
+            capture, which allocates the momentum.
 
     Raises:
-        ValueError: A number out of its range.
+        ValueError: A number out of its range; an empirical metric with ``capturable``, since it is
+            inverted on the host.
 
     Source: ΔP = −(1/2λ) [∫M ds]⁻¹ ∫g ds of Benjamin et al., "Walking the Weight Manifold";
     momentum and weight decay in this metric are our choice.
@@ -63,6 +69,8 @@ class ManifoldSGD(Optimizer):
         *,
         maximize: bool = False,
         metric: EmpiricalMetric | None = None,
+        foreach: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         _expect("lr >= 0", lr >= 0 and math.isfinite(lr), lr)
         _expect("momentum >= 0", momentum >= 0 and math.isfinite(momentum), momentum)
@@ -75,6 +83,11 @@ class ManifoldSGD(Optimizer):
                 "ManifoldSGD: expected momentum > 0 and dampening = 0 for nesterov, "
                 f"got momentum = {momentum} and dampening = {dampening}"
             )
+        if capturable and metric is not None:
+            raise ValueError(
+                "ManifoldSGD: expected no empirical metric with capturable, got one; it is "
+                "inverted on the host"
+            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -82,6 +95,8 @@ class ManifoldSGD(Optimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
         }
         self.metric = metric
         self._inverses: dict[tuple[Topology, torch.device, torch.dtype], Tensor] = {}
@@ -92,6 +107,21 @@ class ManifoldSGD(Optimizer):
                 "SGD; pass the parameters of the model itself, not copies of them",
                 stacklevel=2,
             )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with numbers of its own."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["capturable"]:
+            device = group["params"][0].device if group["params"] else None
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64, device=device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state of before there were ``foreach`` and ``capturable``, too."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("foreach", None)
+            group.setdefault("capturable", False)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -108,7 +138,8 @@ class ManifoldSGD(Optimizer):
             The loss, if there is a closure.
 
         Raises:
-            RuntimeError: A gradient is sparse; an empirical metric has seen no condition.
+            RuntimeError: A gradient is sparse; an empirical metric has seen no condition; a CUDA
+                graph captures a step that is not ``capturable``, or the first one with momentum.
         """
         loss = None
         if closure is not None:
@@ -116,24 +147,42 @@ class ManifoldSGD(Optimizer):
                 loss = closure()
         empirical = None if self.metric is None else self.metric.inverse()
         for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._step_param(param, group, empirical)
+            batches: dict[object, list[Tensor]] = {}
+            for i, param in enumerate(group["params"]):
+                if param.grad is None:
+                    continue
+                if param.grad.is_sparse:
+                    raise RuntimeError("ManifoldSGD: expected dense gradients, got a sparse one")
+                kind = (param.device, param.dtype, self._is_first(param, group))
+                batches.setdefault(i if group["foreach"] is False else kind, []).append(param)
+            for params in batches.values():
+                self._step_params(params, group, empirical)
         return loss
 
-    def _step_param(self, param: Tensor, group: dict[str, Any], empirical: Tensor | None) -> None:
-        if param.grad is None or param.grad.is_sparse:
-            raise RuntimeError("ManifoldSGD: expected dense gradients, got a sparse one")
-        state = self.state[param]
-        first_step = group["momentum"] != 0 and state.get("momentum_buffer") is None
+    def _is_first(self, param: Tensor, group: dict[str, Any]) -> bool:
+        """Whether it has no momentum yet."""
+        return group["momentum"] != 0 and self.state[param].get("momentum_buffer") is None
+
+    def _step_params(
+        self, params: list[Tensor], group: dict[str, Any], empirical: Tensor | None
+    ) -> None:
+        """Step parameters of one dtype and device, all of them for the first time or none."""
+        first_step = self._is_first(params[0], group)
+        if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            _check_capture(group, first_step)
         if first_step:
-            state["momentum_buffer"] = torch.empty_like(param)
-        functional.manifold_step_(
-            param if param.dim() else param.view(1),
-            param.grad if param.dim() else param.grad.view(1),
-            _at_least_1d(state.get("momentum_buffer")) if group["momentum"] != 0 else None,
-            self._metric_inverse(param, empirical),
-            lr=float(group["lr"]),
+            for param in params:
+                self.state[param]["momentum_buffer"] = torch.empty_like(param)
+        buffers = [self.state[p]["momentum_buffer"] for p in params] if group["momentum"] else []
+        rate = group["lr"]
+        if isinstance(rate, Tensor) and not rate.is_cpu:
+            rate = rate.to(params[0].device)
+        functional.manifold_step_foreach_(
+            [_at_least_1d(p) for p in params],
+            [_at_least_1d(p.grad) for p in params if p.grad is not None],
+            [_at_least_1d(buffer) for buffer in buffers],
+            [self._metric_inverse(p, empirical) for p in params],
+            lr=rate,
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],
@@ -173,9 +222,22 @@ def _expect(what: str, holds: bool | Tensor, got: object) -> None:
         raise ValueError(f"ManifoldSGD: expected {what}, got {got}")
 
 
+def _check_capture(group: dict[str, Any], first_step: bool) -> None:
+    if not group["capturable"]:
+        raise RuntimeError(
+            "ManifoldSGD: expected capturable=True of what a CUDA graph captures, got False; the "
+            "rate of the moment would be captured"
+        )
+    if first_step:
+        raise RuntimeError(
+            "ManifoldSGD: expected a step before a CUDA graph captures one, got none; the first "
+            "step allocates the momentum"
+        )
+
+
 def _topology(param: Tensor) -> Topology | None:
     return getattr(param, "manifold", None)
 
 
-def _at_least_1d(t: Tensor | None) -> Tensor | None:
-    return t.view(1) if t is not None and t.dim() == 0 else t
+def _at_least_1d(t: Tensor) -> Tensor:
+    return t if t.dim() else t.view(1)
