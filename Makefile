@@ -52,7 +52,7 @@ bench: build
 kernels: build
 	@$(PY) -m benchmarks.kernels
 
-# All that needs a GPU, in stages; STAGE=tests (bench, stress, sanitize) for one. With SYSTEM_TORCH=1 nothing is fetched
+# All that needs a GPU, in stages; STAGE=tests (bench, plans, stress, sanitize) for one. With SYSTEM_TORCH=1 nothing is fetched
 # if the packages that the README names are there.
 gpu: gpu-here $(if $(SYSTEM_TORCH),$(VENV)/.tools,build)
 	@$(PY) -m benchmarks.gpu $(STAGE) $(ARGS)

@@ -19,8 +19,8 @@ bool half_type_tiles(bool bfloat16);
 const char* vector_isa();
 double tile_seconds(const std::string& dtype, int64_t rows, int64_t cols, int64_t depth, int64_t repeats);
 std::map<std::string, std::vector<std::pair<std::string, double>>> explain_manifold_linear(
-    const std::string& dtype, int64_t batch, int64_t tokens, int64_t num_basis, int64_t num_local, int64_t out_features,
-    int64_t in_features);
+    const std::string& device, const std::string& dtype, int64_t batch, int64_t tokens, int64_t num_basis,
+    int64_t num_local, int64_t out_features, int64_t in_features);
 }  // namespace neuromod
 
 namespace {
@@ -65,9 +65,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("tile_seconds", &neuromod::tile_seconds, arg("dtype"), arg("rows"), arg("cols"), arg("depth"), arg("repeats"),
         "Seconds that one product tile takes on this thread, its operands in cache: the limit of every CPU plan.");
   m.def(
-      "explain", &neuromod::explain_manifold_linear, pybind11::kw_only(), arg("dtype"), arg("batch"), arg("tokens") = 1,
-      arg("num_basis"), arg("num_local") = 0, arg("out_features"), arg("in_features"),
-      "Plans of manifold_linear on the CPU for a problem, by pass, with the seconds the cost model expects of each on "
-      "one thread; the first is taken, unless NEUROMOD_PLAN names one. num_local is the number of coefficients of a "
+      "explain", &neuromod::explain_manifold_linear, pybind11::kw_only(), arg("device") = "cpu", arg("dtype"),
+      arg("batch"), arg("tokens") = 1, arg("num_basis"), arg("num_local") = 0, arg("out_features"), arg("in_features"),
+      "Plans of manifold_linear for a problem, by pass, with the seconds the cost model expects of each: on the CPU of "
+      "one "
+      "thread; on CUDA of the card that its constants describe, for those gradients that one pass yields. The first is "
+      "taken, unless NEUROMOD_PLAN (on CUDA, NEUROMOD_CUDA_PLAN) names one that can. num_local is the number of "
+      "coefficients of a "
       "sample of manifold_linear_local, 0 for manifold_linear.");
 }

@@ -2,6 +2,7 @@ def build_info() -> dict[str, str]: ...
 def cpu_features() -> list[str]: ...
 def explain(
     *,
+    device: str = "cpu",
     dtype: str,
     batch: int,
     tokens: int = 1,

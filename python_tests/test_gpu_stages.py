@@ -13,9 +13,11 @@ import pytest
 import sanitizer_cases
 import test_gpu
 import torch
+from conftest import EMULATED
 
 from benchmarks.gpu import __main__ as driver
 from benchmarks.gpu import bench
+from benchmarks.speed import cuda_plan_costs as plans
 from benchmarks.speed import harness, results
 from benchmarks.speed.runner import BENCHES
 from neuromod_ext import _ops
@@ -131,7 +133,7 @@ def test_without_time_or_a_build_nothing_begins(run, capsys) -> None:
 
 def test_the_stages_name_what_there_is(monkeypatch) -> None:
     every = driver.stages("90a")
-    assert list(every) == ["build", "tests", "bench", "stress", "sanitize"]
+    assert list(every) == ["build", "tests", "bench", "plans", "stress", "sanitize"]
     assert sum(stage.limit for stage in every.values()) <= 60 * driver.MINUTES < 600
     assert every["build"].environment["NEUROMOD_CUDA_ARCHS"] == "90a"
     tools = [command[command.index("--tool") + 1] for command in every["sanitize"].commands]
@@ -205,7 +207,10 @@ def test_without_a_gpu_it_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as ended:
         driver.main(["benches"])
     assert ended.value.code == 2
-    assert "expected stages among build, tests, bench, stress, sanitize" in capsys.readouterr().err
+    assert (
+        "expected stages among build, tests, bench, plans, stress, sanitize"
+        in capsys.readouterr().err
+    )
     command = ["make", "--no-print-directory", "gpu", "PATH=/bin:/usr/bin"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
@@ -253,6 +258,27 @@ def test_the_speed_stage(tmp_path: Path, monkeypatch, capsys) -> None:
         assert shown.count("manifold_metric N16 K3 float32") == expected
     assert len(results.read(tmp_path / "speed-cuda-none.json")["cases"]) == 2
     assert (tmp_path / "speed-cuda-none.png").exists()
+
+
+def test_the_plans_stage(tmp_path: Path, monkeypatch, capsys) -> None:
+    """With the emulated kernels and the host's clock: forced plans, beside their predictions."""
+    torch.ops.load_library(str(EMULATED))
+    monkeypatch.setattr(plans, "PROBLEMS", [(40, 1, 2, 24, 16), (2, 40, 2, 32, 32)])
+    monkeypatch.setattr(plans, "ROUNDS", 1)
+    monkeypatch.setenv(plans.FORCED, "simt")
+    path = tmp_path / "plans.json"
+    assert plans.main(torch.device("cpu"), torch.ops.neuromod_emulated, path, 64) == 0
+    assert os.environ[plans.FORCED] == "simt"
+    record = json.loads(path.read_text())
+    assert {"kMemory", "kL2", "kCall", "kLaunch", "gemm bfloat16"} <= set(record["constants"])
+    assert all(value > 0 for value in record["constants"].values())
+    rows = record["plans"]
+    assert {row["pass"] for row in rows} >= {"forward", "grad_basis + grad_coeff"}
+    assert {"small", "fold", "gemm"} <= {plan for row in rows for plan in row["plans"]}
+    shown = capsys.readouterr().out
+    assert "bfloat16 B40 T1 K2 O24 I16" in shown
+    row = {"plans": {"a": {"seconds": 3.0}, "b": {"seconds": 2.0}}}
+    assert plans.lost(row) == 1.5
 
 
 def test_the_name_of_a_card(monkeypatch) -> None:

@@ -1,7 +1,8 @@
-"""The plans of manifold_linear's CUDA kernels, emulated: each is right by itself.
+"""The plans of manifold_linear on CUDA, emulated: each is right by itself, and chosen by its cost.
 
-A plan is forced by the environment variable NEUROMOD_CUDA_PLAN: ``simt`` are the plain kernels, the
-others run on tensor cores, float32 only where torch allows it tf32.
+A plan is forced by the environment variable NEUROMOD_CUDA_PLAN: ``simt`` are the plain kernels;
+``small``, ``large`` and ``fold`` run on tensor cores, float32 only where torch allows it tf32;
+``gemm`` and ``fold_gemm`` are torch's matrix products between our kernels, here those for the CPU.
 """
 
 import ctypes
@@ -17,12 +18,14 @@ from conftest import EMULATED, Backend
 from entry import Call
 from linear_entries import LINEAR, linear_call
 from op_entries import OPS
-from sampling import LAYOUTS, Draw, name_of, placed
+from sampling import DTYPES, LAYOUTS, Draw, name_of, placed
+
+from neuromod_ext import _C
 
 NAMES = [op.name for op in LINEAR]
 HALF = (torch.bfloat16, torch.float16)
 NARROW = (*HALF, torch.float32)
-CUDA_PLANS = ("simt", "small", "large", "fold")
+CUDA_PLANS = ("simt", "small", "large", "fold", "gemm", "fold_gemm")
 BACKWARD = ("manifold_linear_backward", "gxPcb")
 RAGGED = [  # B, tokens, K, O, I: beside the edges of slices (32) and tiles (64, 128, 256)
     (130, (), 2, 129, 40),
@@ -32,6 +35,7 @@ RAGGED = [  # B, tokens, K, O, I: beside the edges of slices (32) and tiles (64,
 ]
 every_plan = pytest.mark.parametrize("plan", CUDA_PLANS)
 narrow = pytest.mark.parametrize("dtype", NARROW, ids=name_of)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +71,7 @@ def full_call(draw: Draw, roles: str, sizes: tuple[Any, ...]) -> Call:
 @pytest.mark.parametrize(
     "cases", [pytest.param(3, id="quick"), pytest.param(100, id="full", marks=pytest.mark.full)]
 )
-@narrow
+@every_dtype
 @pytest.mark.parametrize("name", NAMES)
 @every_plan
 def test_fuzz(name: str, dtype: torch.dtype, forced: str, cases: int, emulated: Backend) -> None:
@@ -182,7 +186,92 @@ def test_an_unknown_plan_is_refused(
     name: str, emulated: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEUROMOD_CUDA_PLAN", "quickly")
-    words = "expected NEUROMOD_CUDA_PLAN to be simt, small, large or fold, got quickly; unset it"
+    plans = "simt, small, large, fold, gemm or fold_gemm"
+    words = f"expected NEUROMOD_CUDA_PLAN to be {plans}, got quickly; unset it"
     call = OPS[name].large(Draw("unknown", torch.float32))
     with pytest.raises(ValueError, match=f"{name}: {words}"):
         OPS[name].run(emulated.op(name), call)
+
+
+# The choice
+
+
+def explained(dtype: torch.dtype, sizes: tuple[int, ...]) -> dict[str, list[tuple[str, float]]]:
+    names = ("batch", "tokens", "num_basis", "out_features", "in_features")
+    problem = dict(zip(names, sizes, strict=True))
+    return _C.explain(device="cuda", dtype=name_of(dtype), **problem)
+
+
+CHOICES = [  # B, T, K, O, I, and what is taken for y
+    (torch.float64, (2, 1, 2, 3, 4), "simt"),
+    (torch.float64, (200, 1, 3, 40, 48), "gemm"),
+    (torch.bfloat16, (70, 1, 3, 64, 300), "small"),
+    (torch.bfloat16, (2, 256, 3, 64, 96), "fold"),
+    (torch.float32, (4, 300, 8, 32, 40), "fold_gemm"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "sizes", "plan"), CHOICES, ids=lambda v: str(v))
+def test_what_is_explained_is_what_is_done(
+    dtype: torch.dtype, sizes: tuple[int, ...], plan: str, emulated: Backend, monkeypatch
+) -> None:
+    """Each pass takes the first of its plans: the same bits as if that is forced."""
+    B, T, K, O, I = sizes
+    plans = {name: [name for name, _ in found] for name, found in explained(dtype, sizes).items()}
+    assert plans["forward"][0] == plan
+    for pass_, name, roles in (
+        ("forward", "manifold_linear", "xPcb"),
+        ("grad_input", "manifold_linear_grad_input", "gPc"),
+        ("grad_basis", "manifold_linear_grad_basis", "gxc"),
+    ):
+        draw = Draw(f"explained/{name}/{sizes}", dtype)
+        call = linear_call(draw, roles, B, (T,), K, O, I, bias=True)
+        by_plan = {}
+        for forced in ("", *plans[pass_]):
+            monkeypatch.setenv("NEUROMOD_CUDA_PLAN", forced)
+            (by_plan[forced],) = OPS[name].run(emulated.op(name), call)
+            check(by_plan[forced], OPS[name].expected(call)[0], draw)
+        assert torch.equal(by_plan[""], by_plan[plans[pass_][0]])
+
+
+def test_costs_are_in_order_and_a_forced_plan_is_first(monkeypatch) -> None:
+    monkeypatch.delenv("NEUROMOD_CUDA_PLAN", raising=False)
+    sizes = (4096, 1, 3, 4096, 4096)
+    found = explained(torch.bfloat16, sizes)
+    for plans in found.values():
+        seconds = [cost for _, cost in plans]
+        assert seconds == sorted(seconds)
+        assert seconds[0] > 1e-4  # 412 Gflop, or 137 for what fold does
+    assert found["forward"][0][0] == "gemm"
+    together = [name for name in found if "grad_coeff" in name]  # a sum of float32's precision
+    assert not any("gemm" in plan for name in together for plan, _ in found[name])
+    monkeypatch.setenv("NEUROMOD_CUDA_PLAN", "large")
+    assert explained(torch.bfloat16, sizes)["forward"][0][0] == "large"
+    assert explained(torch.float64, sizes)["forward"][0][0] == "gemm"  # it has no large tiles
+
+
+def test_products_that_float16_may_not_hold_are_not_stored() -> None:
+    sizes = (4096, 1, 3, 4096, 4096)
+    plans = {name: dict(found) for name, found in explained(torch.float16, sizes).items()}
+    assert "gemm" not in plans["forward"]
+    assert "gemm" in plans["grad_input"]
+
+
+@pytest.mark.parametrize("plan", ["gemm", "fold_gemm"])
+def test_long_calls_go_in_chunks(plan: str, forced: str, emulated: Backend) -> None:
+    """More rows, or samples, than are stored at a time."""
+    sizes = (300, (), 17, 8000, 2) if plan == "gemm" else (5, (2,), 2, 3000, 3000)
+    draw = Draw(f"chunks/{plan}", torch.float64 if plan == "gemm" else torch.float32)
+    call = linear_call(draw, "xPcb", *sizes, bias=True)
+    for name, given in (
+        ("manifold_linear", call),
+        ("manifold_linear_grad_input", linear_call(draw, "gPc", *sizes, bias=True)),
+    ):
+        (got,) = OPS[name].run(emulated.op(name), given)
+        x, P, c = (t.double() for t in given.tensors[:3])
+        rows = "b...i,koi,bk->b...o" if name == "manifold_linear" else "b...o,koi,bk->b...i"
+        want = torch.einsum(rows, x, P, c)
+        if name == "manifold_linear":
+            shift = c @ given.tensors[3].double()
+            want = want + shift.view(len(c), *(1,) * (x.dim() - 2), -1)
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-3)

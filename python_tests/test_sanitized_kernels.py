@@ -21,6 +21,7 @@ def test_every_plan_within_its_memory_and_bound(tmp_path: Path) -> None:
     if shutil.which(compiler) is None:
         pytest.skip("no C++ compiler")
     sources = ["emulator/emulator.cpp", "emulator/fiber.cpp"]
+    sources += ["manifold_linear/manifold_linear_cuda_plan.cpp"]
     sources += sorted(str(path.relative_to(CSRC)) for path in CSRC.glob("manifold_linear/*.cu"))
     program = tmp_path / "fuzz"
     command = [compiler, *FLAGS.split(), *sources, "manifold_linear/manifold_linear_fuzz.cpp"]

@@ -65,13 +65,14 @@ def stages(arch: str) -> dict[str, Stage]:
     return {
         "build": Stage(
             [[python, "setup.py", "--quiet", "build_ext", "--inplace"]],
-            200,
+            180,
             {"NEUROMOD_CUDA": "1", "NEUROMOD_EMULATOR": "0", "NEUROMOD_CUDA_ARCHS": arch},
         ),
         "tests": Stage(
             [[*pytest, *parallel, "python_tests", "--backend", "cuda", "-m", "not full"]], 80
         ),
-        "bench": Stage([[python, "-m", "benchmarks.gpu.bench"]], 150),
+        "bench": Stage([[python, "-m", "benchmarks.gpu.bench"]], 135),
+        "plans": Stage([[python, "-m", "benchmarks.speed.cuda_plan_costs"]], 35),
         "stress": Stage(
             [[*stress, "huge"], [*stress, slow], [*stress, f"not (huge or {slow})"]], 80
         ),

@@ -18,15 +18,19 @@
 
 // NEUROMOD_KERNEL(stem): the CPU kernel and the CUDA launcher of an op, as far as this library has them. The library of
 // CUDA kernels compiled for the emulator registers the same ops, on CPU tensors, under another name.
+// NEUROMOD_CUDA_KERNEL(stem): the same of a kernel that the CPU has no use for.
 #if defined(NEUROMOD_EMULATED)
 #define NEUROMOD_LIBRARY neuromod_emulated
 #define NEUROMOD_KERNEL(stem) nullptr, &launch_##stem
+#define NEUROMOD_CUDA_KERNEL(stem) nullptr, &launch_##stem
 #elif defined(NEUROMOD_CUDA)
 #define NEUROMOD_LIBRARY neuromod_ext
 #define NEUROMOD_KERNEL(stem) &stem##_cpu, &launch_##stem
+#define NEUROMOD_CUDA_KERNEL(stem) nullptr, &launch_##stem
 #else
 #define NEUROMOD_LIBRARY neuromod_ext
 #define NEUROMOD_KERNEL(stem) &stem##_cpu, nullptr
+#define NEUROMOD_CUDA_KERNEL(stem) nullptr, nullptr
 #endif
 
 /// Registers a host function for the op of the same name on every device this library serves.

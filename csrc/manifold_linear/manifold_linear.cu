@@ -225,23 +225,26 @@ int launch_mix(const ManifoldLinearParams& p, View rows, View weight, View out, 
 }  // namespace
 
 int launch_manifold_linear_forward(const ManifoldLinearParams& p, stream_t stream) {
-  if (cuda_folds(p)) return launch_forward_fold(p, stream);
-  if (cuda_forward(p).plan != CudaPlan::simt) return launch_forward_tiles(p, stream);
+  const CudaPlan plan = cuda_forward_plan(p, false);
+  if (plan == CudaPlan::fold) return launch_forward_fold(p, stream);
+  if (plan != CudaPlan::simt) return launch_forward_tiles(p, plan, stream);
   const View transposed{p.basis.data, {p.basis.stride[0], p.basis.stride[2], p.basis.stride[1]}};
   return launch_mix(p, p.input, transposed, p.output, p.in_features, p.out_features, stream);
 }
 
 namespace {
 
-int launch_grad_rows(const ManifoldLinearBackwardParams& q, stream_t stream) {
+/// dx, and dc if it comes along with it.
+int launch_grad_rows(const ManifoldLinearBackwardParams& q, const CudaBackwardPlan& plan, stream_t stream) {
+  if (plan.rows == CudaPlan::fold) return launch_grad_input_fold(q, stream);
+  if (plan.rows != CudaPlan::simt) return launch_grad_rows_tiles(q, plan, stream);
   ManifoldLinearParams p = q.p;
-  if (cuda_grad_rows(p).plan != CudaPlan::simt) return launch_grad_rows_tiles(q, stream);
   if (q.grad_input) {
     p.bias = View{};
     if (const int status = launch_mix(p, p.output, p.basis, q.grad_input, p.out_features, p.in_features, stream))
       return status;
   }
-  if (!q.grad_coeff) return 0;
+  if (!q.grad_coeff || !plan.dots_with_rows) return 0;
   p = q.p;
   p.workspace = cuda_dots_begin(q);
   return launch(p, [&](auto tag) {
@@ -255,8 +258,10 @@ int launch_grad_rows(const ManifoldLinearBackwardParams& q, stream_t stream) {
   });
 }
 
-int launch_grad_basis(const ManifoldLinearBackwardParams& q, stream_t stream) {
-  if (cuda_grad_basis(q.p).plan != CudaPlan::simt) return launch_grad_basis_tiles(q, stream);
+/// dP, and dc if it comes along with it.
+int launch_grad_basis(const ManifoldLinearBackwardParams& q, const CudaBackwardPlan& plan, stream_t stream) {
+  if (plan.basis == CudaPlan::fold) return launch_fold_outer(q, plan, stream);
+  if (plan.basis != CudaPlan::simt) return launch_grad_basis_tiles(q, plan, stream);
   ManifoldLinearParams p = q.p;
   p.basis = q.grad_basis;
   return launch(p, [&](auto tag) {
@@ -270,14 +275,11 @@ int launch_grad_basis(const ManifoldLinearBackwardParams& q, stream_t stream) {
 }  // namespace
 
 int launch_manifold_linear_backward(const ManifoldLinearBackwardParams& q, stream_t stream) {
+  const CudaBackwardPlan plan = cuda_backward_plan(q, false);
+  const bool dots_with_rows = q.grad_coeff && plan.dots_with_rows, dots_with_basis = q.grad_coeff && !dots_with_rows;
   int status = 0;
-  if (cuda_folds(q.p)) {
-    if (q.grad_input) status = launch_grad_input_fold(q, stream);
-    if (status == 0 && (q.grad_basis || q.grad_coeff)) status = launch_fold_outer(q, stream);
-  } else {
-    if (q.grad_input || q.grad_coeff) status = launch_grad_rows(q, stream);
-    if (status == 0 && q.grad_basis) status = launch_grad_basis(q, stream);
-  }
+  if (q.grad_input || dots_with_rows) status = launch_grad_rows(q, plan, stream);
+  if (status == 0 && (q.grad_basis || dots_with_basis)) status = launch_grad_basis(q, plan, stream);
   if (status == 0 && q.grad_bias) status = launch_grad_bias(q, stream);
   return status;
 }

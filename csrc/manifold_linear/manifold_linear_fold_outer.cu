@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
 
 }  // namespace
 
-int launch_fold_outer(const ManifoldLinearBackwardParams& q, stream_t stream) {
+int launch_fold_outer(const ManifoldLinearBackwardParams& q, const CudaBackwardPlan& plan, stream_t stream) {
   const ManifoldLinearParams& p = q.p;
   FoldOuterParams outer{};
   outer.p = p;
@@ -235,7 +235,8 @@ int launch_fold_outer(const ManifoldLinearBackwardParams& q, stream_t stream) {
   outer.out = q.grad_basis;
   outer.accumulate = q.accumulate;
   if (outer.product.splits > 1) outer.partial = static_cast<float*>(p.workspace);
-  if (q.grad_coeff) outer.dots = static_cast<float*>(cuda_dots_begin(q));
+  const bool dots = q.grad_coeff && !plan.dots_with_rows;
+  if (dots) outer.dots = static_cast<float*>(cuda_dots_begin(q));
   outer.output_aligned = rows_are_aligned(p.output, 2, 2);
   outer.input_aligned = rows_are_aligned(p.input, 2, 2);
   outer.basis_aligned = rows_are_aligned(p.basis, 3, 2);
@@ -254,7 +255,7 @@ int launch_fold_outer(const ManifoldLinearBackwardParams& q, stream_t stream) {
                                          p.out_features, p.in_features, q.accumulate, stream);
     if (status != 0) return status;
   }
-  return q.grad_coeff ? launch_grad_coeff_sum(q, stream) : 0;
+  return dots ? launch_grad_coeff_sum(q, stream) : 0;
 }
 
 }  // namespace neuromod

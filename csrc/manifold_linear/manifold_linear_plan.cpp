@@ -11,6 +11,8 @@
 #include <utility>
 
 #include "common/dtype_name.h"
+#include "common/precision.h"
+#include "manifold_linear/manifold_linear_cuda_plan.h"
 
 namespace neuromod {
 namespace {
@@ -121,17 +123,40 @@ std::vector<PlanCost> plan_costs(const ManifoldLinearParams& p, Pass pass) {
   return plans;
 }
 
+using Passes = std::map<std::string, std::vector<std::pair<std::string, double>>>;
+
+Passes explain_cuda(ManifoldLinearParams& p) {
+  p.tf32 = p.dtype == DType::float32 && tf32_allowed();
+  const std::pair<const char*, CudaPass> names[] = {{"forward", CudaPass::forward},
+                                                    {"grad_input", CudaPass::rows},
+                                                    {"grad_basis", CudaPass::basis},
+                                                    {"grad_input + grad_coeff", CudaPass::rows_and_dots},
+                                                    {"grad_basis + grad_coeff", CudaPass::basis_and_dots}};
+  Passes passes;
+  for (const auto& [name, pass] : names) {
+    auto& plans = passes[name];
+    for (const auto& [plan, seconds] : cuda_plan_costs(p, pass, true))
+      plans.emplace_back(cuda_plan_name(plan), seconds);
+    CudaPlan forced{};
+    if (!forced_cuda_plan(forced)) continue;
+    std::stable_partition(plans.begin(), plans.end(),
+                          [&](const auto& each) { return each.first == cuda_plan_name(forced); });
+  }
+  return passes;
+}
+
 /// See module.cpp. The plan that is forced stands first.
-std::map<std::string, std::vector<std::pair<std::string, double>>> explain_manifold_linear(
-    const std::string& dtype, int64_t batch, int64_t tokens, int64_t num_basis, int64_t num_local, int64_t out_features,
-    int64_t in_features) {
+Passes explain_manifold_linear(const std::string& device, const std::string& dtype, int64_t batch, int64_t tokens,
+                               int64_t num_basis, int64_t num_local, int64_t out_features, int64_t in_features) {
   ManifoldLinearParams p{};
   p.dtype = dtype_from_name("explain", dtype);
   p.batch = batch, p.tokens = tokens, p.num_basis = num_basis, p.num_local = num_local > 0 ? num_local : num_basis;
   p.out_features = out_features, p.in_features = in_features;
   int64_t anywhere = 0;
   if (num_local > 0) p.index.data = &anywhere;
-  std::map<std::string, std::vector<std::pair<std::string, double>>> passes;
+  TORCH_CHECK_VALUE(device == "cpu" || device == "cuda", "explain: expected device cpu or cuda, got ", device);
+  if (device == "cuda") return explain_cuda(p);
+  Passes passes;
   for (const Pass pass : {Pass::forward, Pass::backward}) {
     auto& plans = passes[pass == Pass::forward ? "forward" : "backward"];
     for (const auto& [plan, seconds] : plan_costs(p, pass)) plans.emplace_back(plan_name(plan), seconds);

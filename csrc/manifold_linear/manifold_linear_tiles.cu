@@ -4,10 +4,10 @@
 
 namespace neuromod {
 
-int launch_forward_tiles(const ManifoldLinearParams& p, stream_t stream) {
+int launch_forward_tiles(const ManifoldLinearParams& p, CudaPlan plan, stream_t stream) {
   MixParams q{};
   q.p = p;
-  q.product = cuda_forward(p);
+  q.product = cuda_forward(p, plan);
   q.left = p.input;
   q.out = p.output;
   q.depth = p.in_features;

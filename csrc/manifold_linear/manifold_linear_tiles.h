@@ -8,14 +8,14 @@
 namespace neuromod {
 
 // Plans small and large: y; dx and dc, those that are asked for; dP.
-int launch_forward_tiles(const ManifoldLinearParams& p, stream_t stream);
-int launch_grad_rows_tiles(const ManifoldLinearBackwardParams& q, stream_t stream);
-int launch_grad_basis_tiles(const ManifoldLinearBackwardParams& q, stream_t stream);
+int launch_forward_tiles(const ManifoldLinearParams& p, CudaPlan plan, stream_t stream);
+int launch_grad_rows_tiles(const ManifoldLinearBackwardParams& q, const CudaBackwardPlan& plan, stream_t stream);
+int launch_grad_basis_tiles(const ManifoldLinearBackwardParams& q, const CudaBackwardPlan& plan, stream_t stream);
 
 // Plan fold, 16-bit dtypes: y; dx; dP and dc, those that are asked for.
 int launch_forward_fold(const ManifoldLinearParams& p, stream_t stream);
 int launch_grad_input_fold(const ManifoldLinearBackwardParams& q, stream_t stream);
-int launch_fold_outer(const ManifoldLinearBackwardParams& q, stream_t stream);
+int launch_fold_outer(const ManifoldLinearBackwardParams& q, const CudaBackwardPlan& plan, stream_t stream);
 
 // Every plan and dtype: dbeta.
 int launch_grad_bias(const ManifoldLinearBackwardParams& q, stream_t stream);

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(Threads)
 
 int launch_grad_coeff_sum(const ManifoldLinearBackwardParams& q, stream_t stream) {
   const ManifoldLinearParams& p = q.p;
-  const CudaDots terms = cuda_dots(p);
+  const CudaDots terms = cuda_dots(q);
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(p.batch * p.num_local, 1 << 20)));
   const float* const dots = static_cast<const float*>(cuda_dots_begin(q));
   const bool many = terms.tiles * terms.each + (p.bias ? p.tokens * p.out_features : 0) > 512;
@@ -199,31 +199,32 @@ int launch_grad_coeff_sum(const ManifoldLinearBackwardParams& q, stream_t stream
   return launch_status();
 }
 
-int launch_grad_rows_tiles(const ManifoldLinearBackwardParams& q, stream_t stream) {
+int launch_grad_rows_tiles(const ManifoldLinearBackwardParams& q, const CudaBackwardPlan& plan, stream_t stream) {
   const ManifoldLinearParams& p = q.p;
   MixParams mix{};
   mix.p = p;
-  mix.product = cuda_grad_rows(p);
+  mix.product = cuda_grad_rows(p, plan.rows);
   mix.left = p.output;
   mix.out = q.grad_input;
   mix.depth = p.out_features;
   mix.cols = p.in_features;
   if (mix.product.splits > 1) mix.partial = static_cast<float*>(p.workspace);
-  if (q.grad_coeff) {
+  const bool dots = q.grad_coeff && plan.dots_with_rows;
+  if (dots) {
     mix.dots = static_cast<float*>(cuda_dots_begin(q));
     mix.input_aligned = rows_are_aligned(p.input, 2, element_bytes(p.dtype));
   }
   mix.left_aligned = rows_are_aligned(p.output, 2, element_bytes(p.dtype));
   mix.basis_aligned = rows_are_aligned(p.basis, 3, element_bytes(p.dtype));
   if (const int status = launch_mix_tiles<true>(mix, stream)) return status;
-  return q.grad_coeff ? launch_grad_coeff_sum(q, stream) : 0;
+  return dots ? launch_grad_coeff_sum(q, stream) : 0;
 }
 
-int launch_grad_basis_tiles(const ManifoldLinearBackwardParams& q, stream_t stream) {
+int launch_grad_basis_tiles(const ManifoldLinearBackwardParams& q, const CudaBackwardPlan& plan, stream_t stream) {
   const ManifoldLinearParams& p = q.p;
   OuterParams outer{};
   outer.p = p;
-  outer.product = cuda_grad_basis(p);
+  outer.product = cuda_grad_basis(p, plan.basis);
   outer.out = q.grad_basis;
   outer.accumulate = q.accumulate;
   if (outer.product.splits > 1) outer.partial = static_cast<float*>(p.workspace);

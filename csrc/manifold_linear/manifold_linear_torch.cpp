@@ -1,9 +1,7 @@
 // manifold_linear, host side: schema, checks, allocation, registration.
-#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include <array>
 #include <cstdlib>
@@ -12,8 +10,10 @@
 #include <vector>
 
 #include "common/host.h"
+#include "common/precision.h"
 #include "manifold_linear/manifold_linear.h"
 #include "manifold_linear/manifold_linear_cuda_plan.h"
+#include "manifold_linear/manifold_linear_gemm_torch.h"
 
 namespace neuromod {
 namespace {
@@ -79,17 +79,6 @@ View matrix_view(const Tensor& t) {
   return v;
 }
 
-/// Whether torch lets float32 products on CUDA round their operands to tf32, as its user has said in either way it
-/// knows.
-bool tf32_allowed() {
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-         at::Float32Precision::TF32;
-#else
-  return at::globalContext().allowTF32CuBLAS();
-#endif
-}
-
 /// What a call is about, as the kernels take it. Operands that are not there stay empty.
 class Call {
  public:
@@ -103,37 +92,38 @@ class Call {
     p.in_features = in_features;
     p.tf32 = p.dtype == DType::float32 && runs_cuda_kernels(like.device()) && tf32_allowed();
   }
-  void input(const Tensor& t) { rows(keep(as_matrix(t)), p.input); }
-  void output(const Tensor& t) { rows(keep(as_matrix(t)), p.output); }
-  void basis(const Tensor& t) { p.basis = matrix_view(keep(with_dense_rows(t))); }
-  void coeff(const Tensor& t) { p.coeff = view(t); }
+  void input(const Tensor& t) { rows(tensors.input = as_matrix(t), p.input); }
+  void output(const Tensor& t) { rows(tensors.output = as_matrix(t), p.output); }
+  void basis(const Tensor& t) { p.basis = matrix_view(tensors.basis = with_dense_rows(t)); }
+  void coeff(const Tensor& t) { p.coeff = view(tensors.coeff = t); }
   void bias(const OptionalTensor& t) {
-    if (t) p.bias = matrix_view(keep(with_dense_rows(*t)));
+    if (t) p.bias = matrix_view(tensors.bias = with_dense_rows(*t));
   }
   void index(const Tensor* t) {
     if (t) p.index = view(*t);
   }
 
   ManifoldLinearParams p{};
+  ManifoldLinearTensors tensors;
 
  private:
-  const Tensor& keep(Tensor t) { return kept_[count_++] = std::move(t); }
   void rows(const Tensor& t, View& v) {
     v = matrix_view(t);
     p.tokens = t.size(0) / std::max<int64_t>(p.batch, 1);
   }
-
-  std::array<Tensor, 4> kept_;
-  int count_ = 0;
 };
 
-/// Memory that CUDA kernels use between them; none for the CPU's. Freed to torch's allocator when the call returns,
-/// which keeps it from other streams until the kernels are through.
-Tensor cuda_workspace(const char* op, const Tensor& like, int64_t bytes) {
+void check_forced_plan(const char* op) {
   CudaPlan plan{};
   const char* const forced = std::getenv("NEUROMOD_CUDA_PLAN");
   TORCH_CHECK_VALUE(!forced || forced[0] == '\0' || forced_cuda_plan(plan), op,
-                    ": expected NEUROMOD_CUDA_PLAN to be simt, small, large or fold, got ", forced, "; unset it");
+                    ": expected NEUROMOD_CUDA_PLAN to be simt, small, large, fold, gemm or fold_gemm, got ", forced,
+                    "; unset it");
+}
+
+/// Memory that CUDA kernels use between them; none for the CPU's. Freed to torch's allocator when the call returns,
+/// which keeps it from other streams until the kernels are through.
+Tensor cuda_workspace(const Tensor& like, int64_t bytes) {
   return bytes > 0 ? at::empty({bytes}, like.options().dtype(at::kByte)) : Tensor();
 }
 
@@ -164,10 +154,18 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& basis, const T
   call.coeff(coeff);
   call.bias(bias);
   call.index(index);
-  call.p.output = mutable_view(as_matrix(output));
+  call.tensors.output = as_matrix(output);
+  call.p.output = mutable_view(call.tensors.output);
   Tensor workspace;
   if (runs_cuda_kernels(input.device())) {
-    workspace = cuda_workspace(op, input, cuda_forward_workspace(call.p));
+    check_forced_plan(op);
+    const CudaPlan plan = cuda_forward_plan(call.p, true);
+    if (plan == CudaPlan::gemm || plan == CudaPlan::fold_gemm) {
+      const c10::DeviceGuard guard(input.device());
+      (plan == CudaPlan::gemm ? gemm_forward : fold_gemm_forward)(op, call.tensors, call.p);
+      return output;
+    }
+    workspace = cuda_workspace(input, cuda_forward_workspace(call.p));
     if (workspace.defined()) call.p.workspace = workspace.mutable_data_ptr();
   }
   run(op, input.device(), NEUROMOD_KERNEL(manifold_linear_forward), call.p);
@@ -187,6 +185,21 @@ struct Gradients {
   Tensor input, basis, coeff, bias;
 };
 
+/// Computes those gradients for which a plan with torch's products was chosen, and takes them from q.
+void by_torch(const char* op, const Call& call, const Gradients& results, ManifoldLinearBackwardParams& q) {
+  const CudaBackwardPlan plan = cuda_backward_plan(q, true);
+  const c10::DeviceGuard guard(call.tensors.output.device());
+  if (q.grad_input && (plan.rows == CudaPlan::gemm || plan.rows == CudaPlan::fold_gemm)) {
+    const auto product = plan.rows == CudaPlan::gemm ? gemm_grad_input : fold_gemm_grad_input;
+    product(op, call.tensors, call.p, as_matrix(results.input));
+    q.grad_input = {};
+  }
+  if (q.grad_basis && plan.basis == CudaPlan::gemm) {
+    gemm_grad_basis(op, call.tensors, call.p, results.basis, q.accumulate);
+    q.grad_basis = {};
+  }
+}
+
 /// Writes the tensors that are there. Of the operands, those may be missing that no gradient needs.
 void backward(const char* op, Call& call, const Gradients& results, const Tensor& grad_output,
               bool accumulate = false) {
@@ -204,7 +217,10 @@ void backward(const char* op, Call& call, const Gradients& results, const Tensor
   if (results.bias.defined()) q.grad_bias = mutable_view(results.bias);
   Tensor workspace;
   if (runs_cuda_kernels(grad_output.device())) {
-    workspace = cuda_workspace(op, grad_output, cuda_backward_workspace(q));
+    check_forced_plan(op);
+    by_torch(op, call, results, q);
+    if (!q.grad_input && !q.grad_basis && !q.grad_coeff && !q.grad_bias) return;
+    workspace = cuda_workspace(grad_output, cuda_backward_workspace(q));
     if (workspace.defined()) q.p.workspace = workspace.mutable_data_ptr();
   }
   run(op, grad_output.device(), NEUROMOD_KERNEL(manifold_linear_backward), q);
