@@ -15,7 +15,7 @@ from neuromod_ext._contraction import use_reference
 from neuromod_ext._conv_checks import Options
 from neuromod_ext._transforms import low_precision, size_left_open, surrounded
 
-# How a convolution is gone about: "windows" is the op, on the CPU; the others are torch's own.
+# How a convolution is gone about: "windows" is the op; the others are torch's own.
 PLANS = ("windows", "grouped", "stacked")
 FORCED = os.environ.get("NEUROMOD_CONV_PLAN")
 
@@ -29,14 +29,32 @@ def plan(input: Tensor, basis: Tensor, options: Options) -> str:
                 f"got {FORCED}; unset it"
             )
         return FORCED
-    if input.device.type != "cpu":
+    on_cpu = input.device.type == "cpu"
+    if not (on_cpu or input.device.type == "cuda"):
         return "grouped"
-    space, groups = options.output_space(input.shape[2:], basis.shape[3:]), options.groups
-    # Few pixels do not pay for the blend of a large kernel.
-    if 2000 * math.prod(space) ** 2 <= math.prod(basis.shape[1:]):
+    space = options.output_space(input.shape[2:], basis.shape[3:])
+    pixels = math.prod(space)
+    if _few_pixels(pixels, basis) if on_cpu else _few_pixels_on_cuda(pixels, basis):
         return "stacked"
-    depthwise = basis.shape[1] == groups == input.shape[1]
-    return "grouped" if depthwise or len(space) == 3 else "windows"
+    depthwise = basis.shape[1] == options.groups == input.shape[1]  # products without depth
+    return "grouped" if depthwise or (on_cpu and len(space) == 3) else "windows"
+
+
+def _few_pixels(pixels: int, basis: Tensor) -> bool:
+    """Whether a sample's pixels do not pay for the blend of its kernel; measured."""
+    return 2000 * pixels**2 <= math.prod(basis.shape[1:])
+
+
+def _few_pixels_on_cuda(pixels: int, basis: Tensor) -> bool:
+    """The same, predicted and not measured.
+
+    A tile of pixels costs its rows and, for each basis point, as much as 96 rows to fetch and blend
+    it. Plan stacked multiplies all pixels K times and mixes the results at the memory's speed, as
+    if the depth were 1400 deeper.
+    """
+    K, depth = basis.shape[0], math.prod(basis.shape[2:])
+    tile = 64 if pixels <= 64 else 128 if pixels <= 128 else 256
+    return -(-pixels // tile) * (tile + 96 * K) * depth > pixels * K * (depth + 1400)
 
 
 def _manifold_conv(
@@ -75,7 +93,7 @@ def _walk(
     options: Options,
 ) -> Tensor:
     samples = coeff.shape[0]
-    has_op = not use_reference() and input.device.type == "cpu"
+    has_op = not use_reference() and input.device.type in ("cpu", "cuda")
     if size_left_open(samples):  # a number of groups left open is beyond torch's compilers
         if has_op:
             return _conv_autograd.manifold_conv(input, basis, coeff, bias, options)
@@ -168,11 +186,10 @@ def manifold_conv2d(
 
     .. math:: y_b = \Big(\sum_k c_{bk} P_k\Big) * x_b + \sum_k c_{bk} \beta_k
 
-    On the CPU each sample's kernel is blended, rounded to the dtype, in cache and applied there;
-    where a sample has few pixels, all K convolutions are mixed. Elsewhere, for convolutions of
-    three dimensions and for depthwise ones, one convolution with a group for each sample applies
-    stored kernels; compiled code for another device that leaves the batch size open mixes all K.
-    One condition for the whole batch is one plain convolution.
+    Each sample's kernel is blended, rounded to the dtype, in cache or shared memory and applied
+    there; where a sample has few pixels, all K convolutions are mixed. Depthwise convolutions, on
+    the CPU those of three dimensions too, and any other device take one convolution with a group
+    for each sample and stored kernels. One condition for the whole batch is one plain convolution.
 
     Args:
         input: x, [B, C, H, W]; [C, H, W] too if ``coeff`` is one condition.

@@ -42,7 +42,6 @@ NAMES = (
     "manifold_step_",
     "manifold_step_foreach_",
 )
-CPU_ONLY = ("manifold_conv", "manifold_conv_backward")  # those that have no CUDA kernel
 
 
 def _release(version: str) -> list[str]:

@@ -15,8 +15,6 @@ from sampling import LAYOUTS, Draw
 
 from neuromod_ext import _ops
 
-NAMES = [name for name in _ops.NAMES if name not in _ops.CPU_ONLY]
-
 
 def main(backend: str, cases: int) -> int:
     """The number of calls made."""
@@ -25,7 +23,7 @@ def main(backend: str, cases: int) -> int:
     if backend == "emulated":
         torch.ops.load_library(str(EMULATED))
         namespace, device = torch.ops.neuromod_emulated, "cpu"
-    for name in NAMES:
+    for name in _ops.NAMES:
         op, function = OPS[name], getattr(namespace, name).default
         for i in range(cases):
             dtype = op.dtypes[i % len(op.dtypes)]

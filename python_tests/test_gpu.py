@@ -14,7 +14,6 @@ from compositions import ALL, CENTRAL, Composition
 from entry import Call
 from op_entries import OPS
 from sampling import Draw, wide
-from sanitizer_cases import NAMES
 from test_gradients import leaves, verify
 from test_opcheck import ALL_FOUR, leaf
 from torch import Tensor
@@ -25,7 +24,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
 ]
-every_op = pytest.mark.parametrize("name", NAMES)  # those that have a CUDA kernel
+every_op = pytest.mark.parametrize("name", _ops.NAMES)
 every_composition = pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
 
 

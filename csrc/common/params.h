@@ -20,6 +20,10 @@ using stream_t = CUstream_st*;
 /// float64 and float32 for all others.
 enum class DType : int8_t { float64, float32, bfloat16, float16 };
 
+NEUROMOD_HOST_DEVICE int64_t element_bytes(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
 /// A strided tensor of up to three dimensions. Strides count elements and may be zero or negative.
 struct View {
   void* data = nullptr;

@@ -1,13 +1,14 @@
 // How a warp multiplies parts of two tiles in shared memory, and how tiles lie there. Used by common/product_tile.h.
 //
-// Every Math has its Element, a depth kStep, and add(at, left, right, m, n, d, factors): at += A (factors B) for the
-// rows from m on, the columns from n on, and kStep of the depth from d on. For all of them a thread's sums are those of
-// mma.sync's result fragments, 16 x 8 each: at[i][j][2 h + e] is row 16 i + 8 h + g, column 8 j + 2 t + e of the warp's
-// part, for lane 4 g + t.
+// Every Math has its Element, the type Acc of its sums, a depth kStep, and add(at, left, right, m, n, d, factors): at
+// += A (factors B) for the rows from m on, the columns from n on, and kStep of the depth from d on. For all of them a
+// thread's sums are those of mma.sync's result fragments, 16 x 8 each: at[i][j][2 h + e] is row 16 i + 8 h + g, column
+// 8 j + 2 t + e of the warp's part, for lane 4 g + t.
 #pragma once
 
 #include <cstring>
 
+#include "common/dispatch.h"
 #include "common/tensor_core.h"
 
 namespace neuromod {
@@ -59,10 +60,42 @@ __device__ __forceinline__ uint32_t round_pair(float first, float second) {
   return pair;
 }
 
+/// The elements of 16 bytes of shared memory, widened; and back, rounded once.
+template <class T, class Acc>
+__device__ __forceinline__ void load_chunk(const T* from, Acc (&to)[kChunk<T>]) {
+  if constexpr (sizeof(T) == 2) {
+    const uint4 chunk = *reinterpret_cast<const uint4*>(from);
+    const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 two = widen_pair<T>(pairs[i]);
+      to[2 * i] = two.x, to[2 * i + 1] = two.y;
+    }
+  } else if constexpr (sizeof(T) == 4) {
+    const float4 chunk = *reinterpret_cast<const float4*>(from);
+    to[0] = chunk.x, to[1] = chunk.y, to[2] = chunk.z, to[3] = chunk.w;
+  } else {
+    const double2 chunk = *reinterpret_cast<const double2*>(from);
+    to[0] = chunk.x, to[1] = chunk.y;
+  }
+}
+template <class T, class Acc>
+__device__ __forceinline__ void store_chunk(T* to, const Acc (&from)[kChunk<T>]) {
+  if constexpr (sizeof(T) == 2) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(round_pair<T>(from[0], from[1]), round_pair<T>(from[2], from[3]),
+                                               round_pair<T>(from[4], from[5]), round_pair<T>(from[6], from[7]));
+  } else if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+  } else {
+    *reinterpret_cast<double2*>(to) = make_double2(from[0], from[1]);
+  }
+}
+
 /// 16-bit elements on tensor cores. A factor multiplies in float32, and the product is rounded once to T.
 template <class T>
 struct HalfMath {
   using Element = T;
+  using Acc = float;
   static constexpr int kStep = 16;
 
   template <bool LeftAlong, bool RightAlong, class Shape, int Rows, int Cols, class Factors>
@@ -119,6 +152,7 @@ struct HalfMath {
 /// float32 on tensor cores: both operands, after a factor, are rounded to tf32's 11 bits.
 struct Tf32Math {
   using Element = float;
+  using Acc = float;
   static constexpr int kStep = 8;
 
   template <bool LeftAlong, bool RightAlong, class Shape, int Rows, int Cols, class Factors>
@@ -170,16 +204,19 @@ struct Tf32Math {
   }
 };
 
-/// float32 by multiply-adds: each thread takes its rows and columns, two deep at a time, which its registers just hold.
+/// float and double by multiply-adds: each thread takes its rows and columns, two deep at a time, which its registers
+/// just hold.
+template <class T>
 struct PlainMath {
-  using Element = float;
+  using Element = T;
+  using Acc = T;
   static constexpr int kStep = 2;
 
   template <bool LeftAlong, bool RightAlong, class Shape, int Rows, int Cols, class Factors>
-  static __device__ __forceinline__ void add(float (&at)[Rows][Cols][4], const float* left, const float* right, int m,
-                                             int n, int d, Factors factors) {
+  static __device__ __forceinline__ void add(T (&at)[Rows][Cols][4], const T* left, const T* right, int m, int n, int d,
+                                             Factors factors) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    float b[Cols][2][kStep];
+    T b[Cols][2][kStep];
 #pragma unroll
     for (int j = 0; j < Cols; ++j)
 #pragma unroll
@@ -192,7 +229,7 @@ struct PlainMath {
       }
 #pragma unroll
     for (int i = 0; i < 2 * Rows; ++i) {
-      float a[kStep];
+      T a[kStep];
       load<LeftAlong, Shape::kDepth, Shape::kM>(a, left, m + 8 * i + g, d);
 #pragma unroll
       for (int j = 0; j < Cols; ++j)
@@ -205,15 +242,32 @@ struct PlainMath {
 
  private:
   template <bool Along, int Depth, int Extent>
-  static __device__ __forceinline__ void load(float (&to)[kStep], const float* tile, int m, int d) {
+  static __device__ __forceinline__ void load(T (&to)[kStep], const T* tile, int m, int d) {
     if constexpr (Along) {
-      const float2 two = *reinterpret_cast<const float2*>(tile + swizzled_element<Depth, float>(m, d));
+      using Two = std::conditional_t<sizeof(T) == 4, float2, double2>;
+      const Two two = *reinterpret_cast<const Two*>(tile + swizzled_element<Depth, T>(m, d));
       to[0] = two.x, to[1] = two.y;
     } else {
 #pragma unroll
-      for (int deep = 0; deep < kStep; ++deep) to[deep] = tile[swizzled_element<Extent, float>(d + deep, m)];
+      for (int deep = 0; deep < kStep; ++deep) to[deep] = tile[swizzled_element<Extent, T>(d + deep, m)];
     }
   }
 };
+
+/// Calls f with a tag of the Math that a dtype gets.
+template <class F>
+void dispatch_math(DType dtype, bool tf32, F&& f) {
+  dispatch_dtype<__half, __nv_bfloat16>(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(T) == 2) {
+      f(TypeTag<HalfMath<T>>{});
+    } else {
+      if constexpr (sizeof(T) == 4) {
+        if (tf32) return f(TypeTag<Tf32Math>{});
+      }
+      f(TypeTag<PlainMath<T>>{});
+    }
+  });
+}
 
 }  // namespace neuromod

@@ -1,7 +1,7 @@
 // Tiles of matrices: from memory to shared memory to the tensor cores (common/tensor_core.h) or plain multiply-adds.
 //
 // A block of Shape::kThreads threads multiplies [kM, kDepth] by [kDepth, kN], one slice of the depth after another;
-// each of its kWarpsM x kWarpsN warps sums [kM / kWarpsM, kN / kWarpsN] of the result in registers, in float32. In
+// each of its kWarpsM x kWarpsN warps sums [kM / kWarpsM, kN / kWarpsN] of the result in registers, in Acc. In
 // memory either dimension of an operand may be the dense one, and so it is in shared memory: `Along` means rows along
 // the depth (a row is dense in depth), else across it. Shape::Math says how fragments are multiplied
 // (common/product_math.h).
@@ -16,6 +16,7 @@ template <class MathOfElements, int M, int N, int WarpsM, int WarpsN, int Stages
 struct ProductShape {
   using Math = MathOfElements;
   using Element = typename Math::Element;
+  using Acc = typename Math::Acc;
   static constexpr int kDepth = 64 / sizeof(Element);  // so that all tiles have rows of 64 bytes along the depth
   static constexpr int kM = M, kN = N, kWarpsM = WarpsM, kWarpsN = WarpsN, kStages = Stages;
   static constexpr int kThreads = 32 * WarpsM * WarpsN;
@@ -97,7 +98,7 @@ class TileSource {
 template <class Shape>
 struct ProductSums {
   static constexpr int kRowParts = Shape::kWarpRows / 16, kColParts = Shape::kWarpCols / 8;
-  float at[kRowParts][kColParts][4];
+  typename Shape::Acc at[kRowParts][kColParts][4];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -155,12 +156,12 @@ __device__ __forceinline__ float2 load_pair(const T* from, int64_t left, bool al
 
 /// Two neighbours of a tile's row, the first in an even column.
 template <int Cols, class T>
-__device__ __forceinline__ float2 tile_pair(const T* tile, int row, int col) {
+__device__ __forceinline__ auto tile_pair(const T* tile, int row, int col) {
   const T* const pair = tile + swizzled<Cols, T>(row, col / kChunk<T> * kChunk<T>) + col % kChunk<T>;
   if constexpr (sizeof(T) == 2) {
     return widen_pair<T>(*reinterpret_cast<const uint32_t*>(pair));
   } else {
-    return *reinterpret_cast<const float2*>(pair);
+    return *reinterpret_cast<const std::conditional_t<sizeof(T) == 4, float2, double2>*>(pair);
   }
 }
 

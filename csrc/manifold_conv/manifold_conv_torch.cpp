@@ -1,4 +1,4 @@
-// manifold_conv, host side: schema, checks, allocation, registration. The CPU only.
+// manifold_conv, host side: schema, checks, allocation, registration.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -6,10 +6,12 @@
 #include <array>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/host.h"
 #include "manifold_conv/manifold_conv.h"
+#include "manifold_conv/manifold_conv_cuda.h"
 
 namespace neuromod {
 namespace {
@@ -68,6 +70,7 @@ ManifoldConvParams conv_params(const char* op, const Tensor& input, const Tensor
   ManifoldConvParams p{};
   p.dtype = to_dtype(input.scalar_type());
   p.batch = B, p.num_basis = K, p.groups = groups, p.in_channels = C, p.out_channels = O;
+  p.tf32 = p.dtype == DType::float32 && runs_cuda_kernels(input.device()) && tf32_allowed();
   std::vector<int64_t> padded, spans;
   for (int64_t d = 0; d < 3; ++d) {
     const int64_t i = d - (3 - dims);
@@ -115,18 +118,46 @@ View mutable_planes(const Tensor& t) {
   return v;
 }
 
-/// The operands as the kernels take them; it keeps those that had to be copied.
-struct ConvOperands {
-  Tensor input, basis, bias;
+/// [n, groups * channels, pixels...] as rows [n, pixels, groups, channels], channels filled up with zeros to whole 16
+/// bytes: what CUDA kernels read. A tensor that lies so already (channels_last) is not copied.
+Tensor channel_rows(const Tensor& t, int64_t groups, const ManifoldConvParams& p) {
+  const int64_t channels = t.size(1) / groups, filled = p.filled(channels);
+  int64_t pixels = 1;
+  for (int64_t d = 2; d < t.dim(); ++d) pixels *= t.size(d);
+  const Tensor rows = t.reshape({t.size(0), groups, channels, pixels}).permute({0, 3, 1, 2});
+  if (filled == channels && rows.is_contiguous() && reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0)
+    return rows;
+  const Tensor copy = at::empty({t.size(0), pixels, groups, filled}, t.options());
+  copy.narrow(3, 0, channels).copy_(rows);
+  if (filled > channels) copy.narrow(3, channels, filled - channels).zero_();
+  return copy;
+}
 
+/// The operands as the kernels take them; it keeps those that had to be copied.
+class ConvOperands {
+ public:
   ConvOperands(const Tensor& x, const Tensor& points, const Tensor& coeff, const OptionalTensor& beta,
                ManifoldConvParams& p)
-      : input(x.contiguous()), basis(points.contiguous()), bias(beta ? beta->contiguous() : Tensor()) {
-    p.input = planes(input);
-    p.basis = planes(basis);
+      : cuda_(runs_cuda_kernels(x.device())) {
+    p.input = pixels(x, p.groups, p);
+    // P lies as [K, taps, O, channels], so taps stand for pixels and outputs for groups.
+    p.basis =
+        cuda_ ? planes(keep(channel_rows(points.flatten(1, 2), points.size(1), p))) : planes(keep(points.contiguous()));
     p.coeff = view(coeff);
-    if (bias.defined()) p.bias = view(bias);
+    if (beta) p.bias = view(keep(beta->contiguous()));
   }
+
+  void grad_output(const Tensor& t, ManifoldConvParams& p) { p.output = pixels(t, p.groups, p); }
+
+ private:
+  View pixels(const Tensor& t, int64_t groups, const ManifoldConvParams& p) {
+    return planes(keep(cuda_ ? channel_rows(t, groups, p) : t.contiguous()));
+  }
+  const Tensor& keep(Tensor t) { return kept_[count_++] = std::move(t); }
+
+  bool cuda_;
+  std::array<Tensor, 4> kept_;
+  int count_ = 0;
 };
 
 Tensor manifold_conv(const Tensor& input, const Tensor& basis, const Tensor& coeff, const OptionalTensor& bias,
@@ -136,7 +167,7 @@ Tensor manifold_conv(const Tensor& input, const Tensor& basis, const Tensor& coe
   if (output.numel() == 0) return output;
   const ConvOperands operands(input, basis, coeff, bias, p);
   p.output = mutable_planes(output);
-  manifold_conv_forward_cpu(p);
+  run("manifold_conv", input.device(), NEUROMOD_KERNEL(manifold_conv_forward), p);
   return output;
 }
 
@@ -165,15 +196,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> manifold_conv_backward(const Tensor& 
     for (const Tensor& t : {grad_input, grad_basis, grad_coeff, grad_bias}) t.zero_();
     return results;
   }
-  const ConvOperands operands(input, basis, coeff, bias, p);
-  const Tensor grad = grad_output.contiguous();
-  p.output = planes(grad);
+  ConvOperands operands(input, basis, coeff, bias, p);
+  operands.grad_output(grad_output, p);
   ManifoldConvBackwardParams q{p, {}, {}, {}, {}};
   if (grad_input.numel() > 0) q.grad_input = mutable_planes(grad_input);
   if (grad_basis.numel() > 0) q.grad_basis = mutable_planes(grad_basis);
   if (grad_coeff.numel() > 0) q.grad_coeff = mutable_view(grad_coeff);
   if (grad_bias.numel() > 0) q.grad_bias = mutable_view(grad_bias);
-  manifold_conv_backward_cpu(q);
+  Tensor workspace;
+  if (runs_cuda_kernels(input.device())) {
+    workspace = at::empty({conv_workspace(q).bytes(p.dtype)}, options.dtype(at::kByte));
+    q.p.workspace = workspace.mutable_data_ptr();
+  }
+  run(op, input.device(), NEUROMOD_KERNEL(manifold_conv_backward), q);
   return results;
 }
 
@@ -185,10 +220,8 @@ TORCH_LIBRARY_FRAGMENT(NEUROMOD_LIBRARY, library) {
       "manifold_conv_backward(Tensor grad_output, Tensor input, Tensor basis, Tensor coeff, Tensor? bias, "
       "int[] stride, int[] padding, int[] dilation, int groups, bool[4] needed) -> (Tensor, Tensor, Tensor, Tensor)");
 }
-TORCH_LIBRARY_IMPL(NEUROMOD_LIBRARY, CPU, library) {
-  library.impl("manifold_conv", &manifold_conv);
-  library.impl("manifold_conv_backward", &manifold_conv_backward);
-}
+NEUROMOD_IMPL("manifold_conv", &manifold_conv)
+NEUROMOD_IMPL("manifold_conv_backward", &manifold_conv_backward)
 
 }  // namespace
 }  // namespace neuromod

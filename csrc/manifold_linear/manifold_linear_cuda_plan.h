@@ -57,9 +57,6 @@ constexpr int kFoldOuterRows = 128, kFoldOuterCols = 64, kFoldOuterGroup = 3;  /
 constexpr int kBiasGroup = 4;  // basis points of dbeta that a block takes at a time
 
 inline bool is_half(DType dtype) { return dtype == DType::bfloat16 || dtype == DType::float16; }
-NEUROMOD_HOST_DEVICE int64_t element_bytes(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
 /// Depth of a slice in plans small and large (ProductShape::kDepth).
 NEUROMOD_HOST_DEVICE int64_t slice_depth(DType dtype) { return 64 / element_bytes(dtype); }
 

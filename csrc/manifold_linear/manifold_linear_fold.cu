@@ -5,10 +5,8 @@
 //   out[b,t,n] = sum_d left[b,t,d] W_b[d,n]                                dx:       d = o, n = i
 //   W_b = sum_l c[b,l] P[k_l]
 //
-// Grid: x tiles of a sample's result (TileIndex) for each sample. A block walks the depth in slices; of a slice it
-// takes the tiles of the L basis points one after another, kStages - 1 on their way by cp.async. Whoever copied a chunk
-// of a tile also blends it, in registers and float32, l ascending, so only the blended tile needs a barrier; there are
-// two of it, to blend one while the other is multiplied. Basis points that do not act on the sample are not read.
+// Grid: x tiles of a sample's result (TileIndex) for each sample, each by the pipeline of common/fold_tile.h. Basis
+// points that do not act on the sample are not read.
 //
 // Reads left once a tile, and L tiles of P a slice, from L2, once a block; writes out once, rounded once. No atomics.
 //
@@ -19,6 +17,7 @@
 // Floor, predicted and not measured, on an H100: B = 64, T = 256, 1024 x 1024, K = 3, bfloat16: 34 Gflop, 43 us at 790
 // TFLOP/s, about 65 us by mma.sync. L2 delivers 16 KB of left and 3 x 8 KB of P a slice to each of 512 blocks, 0.67 GB
 // in all, 120 us at 5.5 TB/s: the bound.
+#include "common/fold_tile.h"
 #include "manifold_linear/manifold_linear_splits.h"
 #include "manifold_linear/manifold_linear_tiles.h"
 
@@ -36,11 +35,6 @@ struct FoldParams {
   bool left_aligned, basis_aligned;
 };
 
-template <class Shape>
-constexpr size_t fold_shared_bytes() {
-  return 2 * Shape::kDepth * (Shape::kStages * (Shape::kM + Shape::kN) + 2 * Shape::kN);
-}
-
 /// What the block's sample brings.
 template <class Shape>
 struct FoldSides {
@@ -48,19 +42,16 @@ struct FoldSides {
   float bias[Shape::kN];
 };
 
-/// The work of one block.
+/// The work of one block, and the operands of its product.
 template <class Shape, bool Backward>
-class Folder {
+class LinearFold {
  public:
   using T = typename Shape::Element;
+  static constexpr bool kRightAlong = !Backward;
 
-  __device__ __forceinline__ Folder(const FoldParams& q, FoldSides<Shape>& sides, T* shared)
+  __device__ __forceinline__ LinearFold(const FoldParams& q, FoldSides<Shape>& sides)
       : q_(q),
         sides_(sides),
-        left_(shared),
-        right_(shared + Shape::kStages * Shape::kLeft),
-        blended_(shared + Shape::kStages * (Shape::kLeft + Shape::kRight)),
-        slices_(ceil_div(q.depth, Shape::kDepth)),
         tile_(TileIndex::of(blockIdx.x % tiles(), q.tiles_down, q.tiles_across)),
         sample_(blockIdx.x / tiles()),
         token_(tile_.down * Shape::kM),
@@ -71,57 +62,35 @@ class Folder {
         right_source_(Backward ? q.p.basis.at<T>(0, 0, col_) : q.p.basis.at<T>(0, col_), q.p.basis.stride[1],
                       q.cols - col_, q.basis_aligned) {}
 
-  __device__ __forceinline__ void run() {
-    const int64_t terms = q_.p.num_local, steps = slices_ * terms;
+  __device__ __forceinline__ void run(T* shared) {
     prepare();
-    for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
-      fetch_left(stage);
-      fetch_right(stage);
-      copy_async_commit();
-    }
     __syncthreads();  // the sides
     ProductSums<Shape> sum;
-    sum.clear();
-    Blend blend = {};
-    int64_t slice = 0, l = 0;
-    for (int64_t step = 0; step < steps; ++step) {
-      copy_async_wait<Shape::kStages - 2>();
-      add(blend, right_ + step % Shape::kStages * Shape::kRight, sides_.coeff[l]);
-      const bool last = l + 1 == terms;
-      T* const blended = blended_ + slice % 2 * Shape::kRight;
-      if (last) {
-        round(blend, blended, q_.depth - slice * Shape::kDepth);
-        __syncthreads();  // the blended tile and left's slice are there; left's slice before is no longer read
-        fetch_left(slice + Shape::kStages - 1);
-      }
-      fetch_right(step + Shape::kStages - 1);
-      copy_async_commit();
-      if (last) {
-        sum.template add<true, !Backward>(left_ + slice % Shape::kStages * Shape::kLeft, blended, NoFactors{});
-        l = 0;
-        ++slice;
-      } else {
-        ++l;
-      }
-    }
+    Folder<Shape, LinearFold>(*this, shared).run(sum);
     store(sum);
   }
 
+  __device__ __forceinline__ int64_t slices() const { return ceil_div(q_.depth, Shape::kDepth); }
+  __device__ __forceinline__ int64_t terms() const { return q_.p.num_local; }
+  __device__ __forceinline__ float coeff(int64_t l) const { return sides_.coeff[l]; }
+
+  __device__ __forceinline__ void fetch_left(int64_t slice, T* tile) const {
+    const int64_t d = slice * Shape::kDepth;
+    left_source_.fetch(tile, d, q_.depth - d);
+  }
+
+  __device__ __forceinline__ void fetch_right(int64_t slice, int64_t l, T* tile) const {
+    const View& basis = q_.p.basis;
+    const int64_t d = slice * Shape::kDepth, down = Backward ? d * basis.stride[1] : d;
+    right_source_.fetch(tile, basis_point(l) * basis.stride[0] + down, q_.depth - d);
+  }
+
+  __device__ __forceinline__ int inside(int64_t slice, int row, int col) const {
+    const int64_t left = q_.depth - slice * Shape::kDepth - (Backward ? row : col);
+    return left <= 0 ? 0 : Backward || left > kChunk<T> ? kChunk<T> : static_cast<int>(left);
+  }
+
  private:
-  static constexpr int kRightCols = Backward ? Shape::kN : Shape::kDepth;
-  static constexpr int kChunks = Shape::kRight / kChunk<T> / Shape::kThreads;  // of a tile of P, that are this thread's
-
-  struct Blend {
-    float at[kChunks][kChunk<T>];
-  };
-
-  static __device__ __forceinline__ int chunk_row(int i) {
-    return (threadIdx.x + i * Shape::kThreads) / (kRightCols / kChunk<T>);
-  }
-  static __device__ __forceinline__ int chunk_col(int i) {
-    return (threadIdx.x + i * Shape::kThreads) % (kRightCols / kChunk<T>)*kChunk<T>;
-  }
-
   __device__ __forceinline__ int64_t tiles() const { return q_.tiles_down * q_.tiles_across; }
   __device__ __forceinline__ int64_t basis_point(int64_t l) const {
     const int64_t k = first_basis_ + l;
@@ -138,55 +107,6 @@ class Folder {
     for (int64_t l = 0; p.bias && n < q_.cols && l < p.num_local; ++l)
       bias += *p.coeff.template at<float>(sample_, l) * to_acc<float>(*p.bias.template at<T>(basis_point(l), n));
     sides_.bias[threadIdx.x] = bias;
-  }
-
-  __device__ __forceinline__ void fetch_left(int64_t slice) {
-    const int64_t d = slice * Shape::kDepth;
-    if (slice < slices_) left_source_.fetch(left_ + slice % Shape::kStages * Shape::kLeft, d, q_.depth - d);
-  }
-
-  __device__ __forceinline__ void fetch_right(int64_t step) {
-    if (fetched_slice_ == slices_) return;
-    const View& basis = q_.p.basis;
-    const int64_t d = fetched_slice_ * Shape::kDepth, down = Backward ? d * basis.stride[1] : d;
-    right_source_.fetch(right_ + step % Shape::kStages * Shape::kRight, basis_point(fetched_) * basis.stride[0] + down,
-                        q_.depth - d);
-    if (++fetched_ == q_.p.num_local) ++fetched_slice_, fetched_ = 0;
-  }
-
-  /// blend += c times this thread's chunks of a tile of P.
-  __device__ __forceinline__ void add(Blend& blend, const T* tile, float c) const {
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const uint4 chunk = *reinterpret_cast<const uint4*>(tile + swizzled<kRightCols, T>(chunk_row(i), chunk_col(i)));
-      const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 two = widen_pair<T>(pairs[j]);
-        blend.at[i][2 * j] += c * two.x;
-        blend.at[i][2 * j + 1] += c * two.y;
-      }
-    }
-  }
-
-  /// Rounds the blend into a tile, zero from `depth` on, where an infinite c would have made NaN of padding; begins
-  /// anew.
-  __device__ __forceinline__ void round(Blend& blend, T* tile, int64_t depth) const {
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const int row = chunk_row(i), col = chunk_col(i);
-      uint32_t pairs[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int d = Backward ? row : col + 2 * j;
-        const float first = d < depth ? blend.at[i][2 * j] : 0.0f;
-        const float second = (Backward ? d : d + 1) < depth ? blend.at[i][2 * j + 1] : 0.0f;
-        pairs[j] = round_pair<T>(first, second);
-      }
-      *reinterpret_cast<uint4*>(tile + swizzled<kRightCols, T>(row, col)) =
-          make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    }
-    blend = Blend{};
   }
 
   __device__ __forceinline__ void store(const ProductSums<Shape>& sum) const {
@@ -209,20 +129,18 @@ class Folder {
 
   const FoldParams& q_;
   FoldSides<Shape>& sides_;
-  T *left_, *right_, *blended_;
-  int64_t slices_;
   TileIndex tile_;
   int64_t sample_, token_, col_, first_basis_;  // the tile's first token and column
   TileSource<Shape::kM, Shape::kDepth, true, Shape::kThreads, T> left_source_;
-  TileSource<Backward ? Shape::kDepth : Shape::kN, kRightCols, !Backward, Shape::kThreads, T> right_source_;
-  int64_t fetched_slice_ = 0, fetched_ = 0;  // the next tile of P to fetch: its slice and coefficient
+  TileSource<Backward ? Shape::kDepth : Shape::kN, Backward ? Shape::kN : Shape::kDepth, !Backward, Shape::kThreads, T>
+      right_source_;
 };
 
 template <class Shape, bool Backward>
 __global__ void __launch_bounds__(Shape::kThreads) manifold_linear_fold_kernel(const __grid_constant__ FoldParams q) {
   NEUROMOD_DYNAMIC_SHARED(typename Shape::Element, shared);
   __shared__ FoldSides<Shape> sides;
-  Folder<Shape, Backward>(q, sides, shared).run();
+  LinearFold<Shape, Backward>(q, sides).run(shared);
 }
 
 template <template <class> class Shape, bool Backward>

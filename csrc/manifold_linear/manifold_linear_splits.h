@@ -33,7 +33,7 @@ void dispatch_shape(const ManifoldLinearParams& p, CudaPlan plan, F&& f) {
     plan == CudaPlan::large ? f(TypeTag<LargeShape<Math>>{}) : f(TypeTag<SmallShape<Math>>{});
   };
   if (p.dtype == DType::float32) {
-    p.tf32 ? by_plan(TypeTag<Tf32Math>{}) : by_plan(TypeTag<PlainMath>{});
+    p.tf32 ? by_plan(TypeTag<Tf32Math>{}) : by_plan(TypeTag<PlainMath<float>>{});
   } else {
     dispatch_half(p.dtype, [&](auto tag) { by_plan(TypeTag<HalfMath<typename decltype(tag)::type>>{}); });
   }
