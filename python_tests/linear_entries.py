@@ -2,14 +2,13 @@
 
 One form stands behind all, F(c, P, x, g) = sum c[b,l] g[b,t,o] P[k,o,i] x[b,t,i] with
 k = (index[b] + l) mod K, or k = l without an index. Each formula is written in the order in which a
-plan of the kernels sums: ``expand`` (the CUDA kernels' order, too), ``fold`` or ``stream``. It
-matters to where infinities become NaN, not to the bound: magnitudes are evaluated in one order,
-which bounds every plan's (see bounds.py).
+plan of the kernels sums: ``expand`` (the CUDA kernels' order, too), ``expand_gemm``, ``fold`` or
+``stream``. It matters to where infinities become NaN, not to the bound: magnitudes are evaluated in
+one order, which bounds every plan's (see bounds.py).
 """
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from bounds import Array, Expected, Pass, expect
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from neuromod_ext import _C
 
-PLANS = ("expand", "fold", "stream", "fold_gemm")
+PLANS = ("expand", "fold", "stream", "fold_gemm", "expand_gemm")
 BACKWARD = "gxPcb"  # roles in the order of the signature; an index follows the basis
 
 
@@ -72,11 +71,9 @@ def is_backward(roles: str) -> bool:
 
 
 def plan_of(roles: str) -> Callable[[Call], str]:
-    """The plan the CPU takes: by its cost model, or what NEUROMOD_PLAN says."""
+    """The plan the CPU takes, whatever bias and precisions say: by cost, or by NEUROMOD_PLAN."""
 
     def plan(call: Call) -> str:
-        if os.environ.get("NEUROMOD_PLAN"):
-            return os.environ["NEUROMOD_PLAN"]
         t = dict(zip(roles, call.tensors, strict=False))
         lead = t["g"] if "g" in t else t["x"]
         weight = t["P"].shape if "P" in t else (t["c"].shape[1], t["g"].shape[-1], t["x"].shape[-1])
@@ -106,6 +103,7 @@ class Form:
 
     at: Pass
     plan: str
+    with_coeff: bool  # the gradient of c is asked for, too
     x: Array | None
     g: Array | None
     P: Array | None
@@ -128,6 +126,9 @@ class Form:
             weight = self._einsum("bk,W->boi", self.c, self.P) + self.at.tiny
             y = einsum("bti,boi->bto", self.x, weight)
             return y if self.b is None else y + self._einsum("bk,V->bo", self.c, self.b)[:, None]
+        if self.plan == "expand_gemm" and self.b is not None:
+            y = einsum("btko,bk->bto", replace(self, b=None)._products(), self.c)
+            return y + self._einsum("bk,V->bo", self.c, self.b)[:, None]
         return einsum("btko,bk->bto", self._products(), self.c)
 
     def _products(self) -> Array:
@@ -141,7 +142,7 @@ class Form:
         if self._folds():
             weight = self._einsum("bk,W->boi", self.c, self.P) + self.at.tiny
             return einsum("bto,boi->bti", self.g, weight)
-        if self.plan == "stream":
+        if self.plan == "stream" or (self.plan == "expand_gemm" and not self.with_coeff):
             return self._einsum("btko,W->bti", einsum("bk,bto->btko", self.c, self.g), self.P)
         z = self._einsum("bto,W->btki", self.g, self.P)
         return einsum("btki,bk->bti", z, self.c)
@@ -188,12 +189,12 @@ def oracle(roles: str, results: str) -> Callable[..., list[Expected]]:
     def run(*tensors: Tensor | None, needed=(True,) * 4, plan: str = "expand") -> list[Expected]:
         named = {r: t for r, t in zip(roles, tensors, strict=False) if t is not None}
         wanted = [r if need else "" for r, need in zip(results, needed, strict=False)]
-        return [one_result(named, result, plan) for result in wanted]
+        return [one_result(named, result, plan, "c" in wanted) for result in wanted]
 
     return run
 
 
-def one_result(named: dict[str, Tensor], result: str, plan: str) -> Expected:
+def one_result(named: dict[str, Tensor], result: str, plan: str, with_coeff: bool) -> Expected:
     floats = {role: t for role, t in named.items() if role != "i"}
     lead = named["g"] if "g" in named else named["x"]
     if result == "":  # a gradient that is not needed
@@ -215,7 +216,7 @@ def one_result(named: dict[str, Tensor], result: str, plan: str) -> Expected:
         for role in "Pb":
             if points is not None and role in t:
                 given[role] = t[role][points]
-        form = Form(at, plan, **given, points=points, num_basis=K)
+        form = Form(at, plan, with_coeff, **given, points=points, num_basis=K)
         if result == "y":
             return form.output().reshape(*lead.shape[:-1], t["P"].shape[1])
         if result == "x":

@@ -53,7 +53,7 @@ struct ManifoldLinearBackwardParams {
 };
 
 // Each kernel writes every element of its results exactly once, in an order of summation that does not depend on the
-// number of threads (plan fold_gemm: but for what torch's matrix product does with more threads).
+// number of threads (plans fold_gemm and expand_gemm: but for what torch's matrix product does with more threads).
 void manifold_linear_forward_cpu(const ManifoldLinearParams& p);  // writes output
 void manifold_linear_backward_cpu(const ManifoldLinearBackwardParams& q);
 

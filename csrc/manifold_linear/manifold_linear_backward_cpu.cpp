@@ -330,6 +330,7 @@ class ExpandBackward {
 void manifold_linear_backward_cpu(const ManifoldLinearBackwardParams& q) {
   const Plan plan = choose_plan(q.p, Pass::backward);
   if (plan == Plan::fold || plan == Plan::fold_gemm) return manifold_linear_fold_backward(q, plan);
+  if (plan == Plan::expand_gemm) return manifold_linear_expand_gemm_backward(q);
   dispatch_dtype<Float16, BFloat16>(q.p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     plan == Plan::stream ? manifold_linear_stream_backward<T>(q) : ExpandBackward<T>(q).run();

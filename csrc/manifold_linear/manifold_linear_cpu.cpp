@@ -130,6 +130,7 @@ class Expand {
 void manifold_linear_forward_cpu(const ManifoldLinearParams& p) {
   const Plan plan = choose_plan(p, Pass::forward);
   if (plan == Plan::fold || plan == Plan::fold_gemm) return manifold_linear_fold_forward(p, plan);
+  if (plan == Plan::expand_gemm) return manifold_linear_expand_gemm_forward(p);
   dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     plan == Plan::stream ? manifold_linear_stream_forward<T>(p) : Expand<T>(p).run();

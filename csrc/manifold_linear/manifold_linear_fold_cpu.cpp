@@ -4,16 +4,13 @@
 // 2 R O I flop and 2 B L O I of blending a product. G_b = g_b^T x_b yields both dP_k += c_l G_b and dc_l = <G_b, P_k>.
 // A job is a block of a result, for a range of samples; jobs follow from sizes alone, and what they sum is added up in
 // order, so results do not depend on the number of threads, unless torch's product does.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm_cpu_dispatch.h>
-#include <ATen/ops/from_blob.h>
-
 #include <array>
 
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/tile_product.h"
+#include "manifold_linear/manifold_linear_cpu_product.h"
 #include "manifold_linear/manifold_linear_plan.h"
 
 namespace neuromod {
@@ -60,18 +57,12 @@ void multiply(const View& result, int64_t row, int64_t count, int64_t first, int
   }
 }
 
-template <class T>
-at::Tensor matrix(const T* data, int64_t rows, int64_t cols, int64_t stride, int64_t col_stride = 1) {
-  constexpr auto dtype = c10::CppTypeToScalarType<typename detail::TorchType<T>::type>::value;
-  return at::from_blob(const_cast<T*>(data), {rows, cols}, {stride, col_stride}, dtype);
-}
-
 /// Rows of a result as multiply gives them, by torch; with `add`, to what stands there.
 template <class T>
 void multiply_block(const View& result, int64_t row, int64_t count, int64_t first, int64_t cols, const View& left,
                     int64_t depth, const at::Tensor& right, bool add) {
-  at::Tensor out = matrix(result.at<T>(row, first), count, cols, result.stride[0]);
-  at::cpu::addmm_(out, matrix(left.at<T>(row), count, depth, left.stride[0]), right, add ? 1 : 0, 1);
+  torch_product(matrix(result.at<T>(row, first), count, cols, result.stride[0]),
+                matrix(left.at<T>(row), count, depth, left.stride[0]), right, add);
 }
 
 /// Jobs of multiply_block. At least two, so that threads are at work if there are any: outside of them torch's product

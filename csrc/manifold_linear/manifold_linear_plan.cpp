@@ -20,7 +20,7 @@ namespace {
 // Seconds per element on one core (Xeon with AVX-512 and AMX), from benchmarks/speed/plan_costs.py. Only their ratios
 // matter; those of float32 and float64 differ little between processors, those of half types with what it has for them.
 struct Costs {
-  double product;  // of a tile product: one multiply-add
+  double product;  // one multiply-add in plan expand, mixed
   double fold;     // the same in plan fold, whose products are stored as they come
   double gemm;     // the same by torch's matrix product
   double blend;    // one term of one element of a blended weight
@@ -30,25 +30,26 @@ struct Costs {
   double pack;     // one element of P as the right operand of a product
   double read;     // one element of P from memory
   double call;     // of torch's matrix product
+  double start;    // of plan expand, beside that
 };
 
 Costs costs(DType dtype) {
   switch (dtype) {
     case DType::float64:
-      return {4.0e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 1.2e-10, 2e-10, 8e-10, 7e-6};
+      return {4.6e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 1.2e-10, 2e-10, 8e-10, 7e-6, 2e-5};
     case DType::float32:
-      return {1.6e-11, 1.9e-11, 1.6e-11, 1.5e-10, 2.6e-10, 4e-10, 6.5e-11, 1e-10, 4e-10, 4e-6};
+      return {1.7e-11, 1.9e-11, 1.65e-11, 1.5e-10, 2.6e-10, 4e-10, 6.5e-11, 1e-10, 4e-10, 4e-6, 2e-5};
     case DType::bfloat16:
-      return {4.0e-12, 7.0e-12, 3.5e-12, 1.8e-10, 5e-10, 3.5e-10, 2.0e-10, 1e-9, 2e-10, 3.5e-5};
+      return {4.0e-12, 7.0e-12, 3.5e-12, 1.8e-10, 5e-10, 3.5e-10, 2.0e-10, 1e-9, 2e-10, 3.5e-5, 0};
     case DType::float16:
       break;
   }
-  return {2.9e-11, 3.2e-11, 3.0e-11, 7e-10, 8e-10, 1e-10, 2.8e-10, 1e-10, 2e-10, 4e-5};
+  return {2.9e-11, 3.2e-11, 3.0e-11, 7e-10, 8e-10, 1e-10, 2.8e-10, 1e-10, 2e-10, 4e-5, 0};
 }
 
 constexpr double kAlign = 16;            // rows of a segment are padded to this
 constexpr int64_t kMostStreamRows = 16;  // partial sums of plan stream grow with the rows
-constexpr Plan kPlans[] = {Plan::expand, Plan::fold, Plan::stream, Plan::fold_gemm};
+constexpr Plan kPlans[] = {Plan::expand, Plan::fold, Plan::stream, Plan::fold_gemm, Plan::expand_gemm};
 
 /// Whether torch's matrix product keeps the kernels' promise: full products, where torch's user has allowed it less in
 /// float32, and one rounding, where a half type's bias would be rounded before it is added.
@@ -64,6 +65,19 @@ bool gemm_is_exact(const ManifoldLinearParams& p, Pass pass) {
   return p.dtype == DType::float64 || pass == Pass::backward || !p.bias;
 }
 
+/// Whether a plan can be had for a problem.
+bool possible(const ManifoldLinearParams& p, Pass pass, Plan plan) {
+  switch (plan) {
+    case Plan::fold_gemm:
+      return gemm_is_exact(p, pass);
+    case Plan::expand_gemm:  // rounds scaled operands, which half types cannot bear
+      return gemm_is_exact(p, pass) && p.tokens == 1 && !p.index && p.dtype != DType::bfloat16 &&
+             p.dtype != DType::float16;
+    default:
+      return true;
+  }
+}
+
 double padded(double rows) { return std::ceil(rows / kAlign) * kAlign; }
 
 double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
@@ -72,11 +86,13 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
   const double terms = double(p.num_local), samples = double(p.batch), rows = double(p.rows());
   const double points = std::min(samples * terms, double(p.num_basis));  // basis points that act on any sample
   double element = points * cost.read;                                   // for each element of a weight
+  double once = 0;
   switch (plan) {
     case Plan::expand: {
       const double segments = p.index ? std::clamp(samples, 1.0, double(p.num_basis)) : 1;
       const double multiplied = segments * padded(rows / segments) * terms;
       element += (backward ? 2 : 1) * multiplied * cost.product + (backward ? points * cost.pack : 0);
+      once = cost.start / (backward ? 4 : 1);
       break;
     }
     case Plan::fold:
@@ -88,12 +104,13 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
     case Plan::fold_gemm:
       element += rows * (cost.gemm + (backward ? cost.fold : 0));
       element += samples * (terms * (cost.blend + (backward ? cost.spread : 0)) + cost.turn);
+      once = samples * std::ceil(double(backward ? p.in_features : p.out_features) / 256) * cost.call;
+      break;
+    case Plan::expand_gemm:
+      element += (backward ? 2 : 1) * (rows * terms * cost.gemm + points * cost.pack);
       break;
   }
-  const double calls = plan == Plan::fold_gemm
-                           ? samples * std::ceil(double(backward ? p.in_features : p.out_features) / 256) * cost.call
-                           : 0;
-  return element * double(p.out_features) * double(p.in_features) + calls;
+  return element * double(p.out_features) * double(p.in_features) + once;
 }
 
 }  // namespace
@@ -106,6 +123,8 @@ const char* plan_name(Plan plan) {
       return "fold";
     case Plan::fold_gemm:
       return "fold_gemm";
+    case Plan::expand_gemm:
+      return "expand_gemm";
     case Plan::stream:
       break;
   }
@@ -116,7 +135,7 @@ std::vector<PlanCost> plan_costs(const ManifoldLinearParams& p, Pass pass) {
   std::vector<PlanCost> plans;
   for (const Plan plan : kPlans) {
     if (plan == Plan::stream && p.rows() > kMostStreamRows) continue;
-    if (plan == Plan::fold_gemm && !gemm_is_exact(p, pass)) continue;
+    if (!possible(p, pass, plan)) continue;
     plans.push_back({plan, seconds(p, pass, plan)});
   }
   std::stable_sort(plans.begin(), plans.end(), [](const auto& a, const auto& b) { return a.seconds < b.seconds; });
@@ -159,9 +178,10 @@ Passes explain_manifold_linear(const std::string& device, const std::string& dty
   Passes passes;
   for (const Pass pass : {Pass::forward, Pass::backward}) {
     auto& plans = passes[pass == Pass::forward ? "forward" : "backward"];
-    for (const auto& [plan, seconds] : plan_costs(p, pass)) plans.emplace_back(plan_name(plan), seconds);
-    const std::string chosen = plan_name(choose_plan(p, pass));
-    std::stable_partition(plans.begin(), plans.end(), [&](const auto& plan) { return plan.first == chosen; });
+    const Plan chosen = choose_plan(p, pass);
+    plans.emplace_back(plan_name(chosen), seconds(p, pass, chosen));
+    for (const auto& [plan, seconds] : plan_costs(p, pass))
+      if (plan != chosen) plans.emplace_back(plan_name(plan), seconds);
   }
   return passes;
 }
@@ -169,11 +189,14 @@ Passes explain_manifold_linear(const std::string& device, const std::string& dty
 Plan choose_plan(const ManifoldLinearParams& p, Pass pass) {
   if (const char* const forced = std::getenv("NEUROMOD_PLAN")) {
     for (const Plan plan : kPlans)
-      if (std::string(forced) == plan_name(plan))
-        return plan == Plan::fold_gemm && !gemm_is_exact(p, pass) ? Plan::fold : plan;
-    TORCH_CHECK_VALUE(forced[0] == '\0',
-                      "manifold_linear: expected NEUROMOD_PLAN to be expand, fold, stream or fold_gemm, got ", forced,
-                      "; unset it");
+      if (std::string(forced) == plan_name(plan)) {
+        if (possible(p, pass, plan)) return plan;
+        return plan == Plan::fold_gemm ? Plan::fold : Plan::expand;
+      }
+    TORCH_CHECK_VALUE(
+        forced[0] == '\0',
+        "manifold_linear: expected NEUROMOD_PLAN to be expand, fold, stream, fold_gemm or expand_gemm, got ", forced,
+        "; unset it");
   }
   return plan_costs(p, pass).front().plan;
 }
