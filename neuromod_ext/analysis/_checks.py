@@ -1,0 +1,43 @@
+"""The errors of the analysis, in the ops' form, and what needs scipy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuromod_ext import _checks
+
+
+def matrix(op: str, name: str, t: Tensor, symbols: str) -> Tensor:
+    """A floating matrix, detached, in float64."""
+    _checks.tensors(op, **{name: t})
+    _checks._floating(op, name, t)
+    _checks._rank(op, name, t, 2, symbols)
+    return t.detach().double()
+
+
+def similarity(op: str, name: str, t: Tensor) -> Tensor:
+    """A matrix of similarities of at least two tasks: square, symmetric and finite."""
+    t = matrix(op, name, t, "[T, T]")
+    if t.shape[0] != t.shape[1] or t.shape[0] < 2:
+        raise ValueError(
+            f"{op}: expected {name} of shape [T, T] with T >= 2, got {_checks._shape(t.shape)}"
+        )
+    if not torch.allclose(t, t.mT, rtol=0, atol=1e-5):
+        got = "non-finite entries" if not t.isfinite().all() else "another transpose"
+        raise ValueError(f"{op}: expected {name} symmetric and finite, got {got}")
+    return t
+
+
+def scipy(op: str, module: str) -> Any:
+    """A module of scipy, which is an optional extra."""
+    from importlib import import_module
+
+    try:
+        return import_module(f"scipy.{module}")
+    except ImportError as error:
+        raise ImportError(
+            f"{op}: expected scipy, got none; pip install neuromod_ext[papers]"
+        ) from error
