@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.papers.report import Failure
+from neuromod_ext import continual
 
 Name = Literal["digits", "mnist", "cifar10"]
 Array = np.ndarray[Any, Any]
@@ -107,14 +108,9 @@ def rotate(x: Tensor, degrees: Tensor | float) -> Tensor:
         x: [N, C, H, W], H = W.
         degrees: [N], or one angle for all.
     """
-    angle = torch.as_tensor(degrees, dtype=torch.float64).expand(len(x)).deg2rad()
-    # Rounded, so that quarter turns map pixels to pixels.
-    cos, sin = angle.cos().round(decimals=12), angle.sin().round(decimals=12)
-    matrix = torch.stack((cos, -sin, sin, cos), -1).view(-1, 2, 2)
-    matrix = F.pad(matrix, (0, 1)).to(x)  # no translation
-    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    inside = grid.square().sum(-1) < 1 + 1e-6
-    return F.grid_sample(x, grid, align_corners=False) * inside.unsqueeze(1)
+    from_middle = (2 * torch.arange(x.shape[-1]) + 1) / x.shape[-1] - 1
+    inside = from_middle.square() + from_middle.square().unsqueeze(1) < 1 + 1e-6
+    return continual.rotate(x, degrees) * inside.to(x.device)
 
 
 class Inputs(NamedTuple):

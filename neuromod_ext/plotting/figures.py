@@ -10,22 +10,13 @@ import torch
 from torch import Tensor
 
 from neuromod_ext import functional
+from neuromod_ext.plotting._axes import STYLES, single
 from neuromod_ext.topology import Topology
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike, NDArray
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, each with a dash of its own.
-STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#0072B2", "linestyle": "-"},
-    {"color": "#D55E00", "linestyle": (0, (5, 1.2))},
-    {"color": "#009E73", "linestyle": (0, (6, 1.2, 1.2, 1.2))},
-    {"color": "#555555", "linestyle": (0, (1.2, 1.2))},
-    {"color": "#CC79A7", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
-    {"color": "#E69F00", "linestyle": (0, (2.5, 1))},
-)
 _ON_CURVE = 241  # points
 _LABEL: dict[str, Any] = {
     "ha": "center",
@@ -60,7 +51,7 @@ def plot_accuracy(
     """
     if len(curves) > len(STYLES):
         raise ValueError(f"plot_accuracy: expected at most {len(STYLES)} curves, got {len(curves)}")
-    figure, axes = _figure(7.2, 4.6, title)
+    figure, axes = single(7.2, 4.6, title)
     x = _closed(degrees, 360)
     lowest = 100.0
     for (name, band), style in zip(curves.items(), STYLES, strict=False):
@@ -122,7 +113,7 @@ def plot_manifold_path(
     plane = projected.unflatten(0, weights.shape[:2]).numpy()
     curves, marked = plane[:, :_ON_CURVE], plane[:, _ON_CURVE:]
 
-    figure, axes = _figure(7.2, 5.4, title)
+    figure, axes = single(7.2, 5.4, title)
     from matplotlib import colormaps, patheffects
 
     halo = [patheffects.withStroke(linewidth=2.5, foreground="white")]
@@ -168,21 +159,6 @@ def principal_components(points: Tensor, n: int) -> tuple[Tensor, Tensor]:
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     variance = scale.square()
     return centred @ (directions * largest.sign()).T, variance[:n] / variance.sum()
-
-
-def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
-    """An empty figure, in inches, that no window and no global state knows of, and its axes."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "neuromod_ext.plotting: expected matplotlib, got none; pip install neuromod_ext[papers]"
-        ) from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _closed(values: ArrayLike, turn: float = 0) -> NDArray[np.float64]:
