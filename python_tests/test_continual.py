@@ -54,6 +54,16 @@ def test_a_stream_is_a_sequence_of_data_sets(name: str) -> None:
         assert len(task) == len(task.inputs) == len(task.labels)
 
 
+def test_take() -> None:
+    tasks = stream("shift")
+    first = tasks.take(3)
+    assert [task.name for task in first] == ["0 px", "1 px", "2 px"]
+    assert (first.closed, tasks.closed, tasks.take(99).closed) == (False, True, True)
+    assert len(tasks) == len(tasks.take(99)) == 12
+    with pytest.raises(ValueError, match=r"ShiftMNIST\.take: expected count of at least 1, got 0"):
+        tasks.take(0)
+
+
 @pytest.mark.parametrize("name", STREAMS)
 def test_a_task_goes_into_a_data_loader(name: str) -> None:
     task = stream(name)[1]

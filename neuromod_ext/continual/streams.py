@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import overload
+from copy import copy
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch.utils.data import Dataset
 
 from neuromod_ext import _checks
 from neuromod_ext.continual.transforms import augmentations, rotate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Task(Dataset[tuple[Tensor, Tensor]]):
@@ -90,6 +94,24 @@ class TaskStream(ABC, Sequence[Task]):
         task = range(len(self))[index]  # its IndexError ends an iteration
         inputs, labels = self._make(task)
         return Task(self.names[task], (inputs - self.mean) / self.std, labels)
+
+    def take(self, count: int) -> Self:
+        """The stream of the first tasks.
+
+        Args:
+            count: How many; all there are, if there are no more.
+
+        Returns:
+            A stream, open unless it has all tasks of a closed one.
+
+        Raises:
+            ValueError: ``count`` is below 1.
+        """
+        _at_least(f"{type(self).__name__}.take", "count", count, 1)
+        taken = copy(self)
+        taken.names = self.names[:count]
+        taken.closed = self.closed and len(taken) == len(self)
+        return taken
 
     @abstractmethod
     def _make(self, task: int) -> tuple[Tensor, Tensor]:

@@ -80,8 +80,8 @@ def plot_similarity_tree(
         raise ValueError(
             f"{op}: expected a tree of T = {len(values)} tasks, got one of {len(tree.order)}"
         )
-    figure = empty(5.6, 7.2, title)
-    above, below = figure.subplots(2, 1, height_ratios=(1, 2.6))
+    figure = empty(6.0, 7.6, title)
+    above, below = figure.subplots(2, 1, height_ratios=(1, 3))
     drawn = scipy(op, "cluster.hierarchy").dendrogram(tree.linkage, no_plot=True)
     for x, y in zip(drawn["icoord"], drawn["dcoord"], strict=True):
         above.plot(x, y, color=STYLES[0]["color"], linewidth=1.6)
@@ -89,11 +89,15 @@ def plot_similarity_tree(
     above.set_ylim(bottom=min(0.0, float(tree.linkage[:, 2].min())))
     above.spines[["top", "right", "bottom"]].set_visible(False)
     ordered = values[np.ix_(tree.order, tree.order)]
-    shown = _heat(below, ordered, [names[t] for t in tree.order], float(np.nanmax(np.abs(values))))
+    bound = float(np.nanmax(np.abs(values)))
+    shown = _heat(below, ordered, [names[t] for t in tree.order], bound)
+    below.set_aspect("auto")  # so that its columns stand under the feet of the tree
     if len(values) <= _MOST_LABELS // 2:
         for i, j in zip(*np.nonzero(~np.isnan(ordered)), strict=True):
-            below.text(j, i, f"{ordered[i, j]:.2f}", ha="center", va="center", fontsize=7.5)
-    figure.colorbar(shown, ax=below, label="cosine similarity", location="bottom", shrink=0.7)
+            colour = "white" if abs(ordered[i, j]) > 0.7 * bound else "black"
+            text = f"{ordered[i, j]:.2f}"
+            below.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
+    figure.colorbar(shown, ax=below, label="cosine similarity", location="bottom", aspect=40)
     return figure
 
 
