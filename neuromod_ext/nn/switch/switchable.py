@@ -1,0 +1,407 @@
+"""Several networks in one set of weights, told apart by fixed modulators."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from neuromod_ext import functional
+from neuromod_ext._checks import accumulation_dtype
+from neuromod_ext.nn.switch.layout import Slot, flattened, layout, write
+from neuromod_ext.nn.switch.modulator import Modulator
+from neuromod_ext.nn.switch.structured import BlockDiagonal
+from neuromod_ext.nn.switch.tied import PLAIN, TIED, Ambient, Tied
+from neuromod_ext.topology import Discrete, Line, Simplex
+
+State = Tensor | float
+
+
+class Dose(Line):
+    """The dose of one modulator, a number in [0, 1]."""
+
+    _remedy = ""
+
+
+class Doses(Simplex):
+    """What is left of 1, and the doses of several modulators."""
+
+    _remedy = "; the first is what the doses leave of 1"
+
+
+class Switchable(nn.Module):
+    r"""A copy of a model that fixed modulators switch to other functions of its input.
+
+    .. math:: w_j = M_j w, \qquad b_j = b + v_j; \qquad
+        w(d) = w + \sum_j d_j (M_j w - w), \qquad b(d) = b + \sum_j d_j v_j
+
+    w are all weights of the model as one vector, b all biases (:func:`layout` says which). State 0
+    is the model itself, state j has modulator j; doses in [0, 1] lead from state 0 to the others.
+    There are two ways to switch, and so two to learn:
+
+    - ``model(x, state)``: the samples of a batch may have different states or doses, and nothing is
+      changed. Gradients come back to w through Mᵀ: a step of descent in state 1 moves w by
+      −η Mᵀ g', g' being the gradient with respect to w_1.
+    - ``switch_()`` and ``switch_back_()``, the paper's way: parameters are mapped in place, trained
+      where they are and mapped back, so that the same step moves w by −η M⁻¹ g'.
+
+    The two agree for orthogonal M only. In place, the rounding of a round trip moves the weights by
+    ``modulators[j - 1].round_trip_bound(dtype)`` of their norm at most; with ``keep_original`` it
+    does not: w becomes w + M⁻¹ Δ, Δ being what happened to w_j, and stays as it is, bit for bit,
+    where nothing did. That keeps two copies of the parameters while switched.
+
+    Args:
+        model: An ordinary model; it is not changed.
+        *modulators: M_1, M_2 and so on, each of as many weights as the model has.
+        shift: v, of as many numbers as the model has biases, [m]; for several modulators [J, m];
+            0 if None.
+        keep_original: Whether switching back is free of drift.
+
+    Raises:
+        TypeError: A modulator is none.
+        ValueError: No modulator, sizes that do not fit, a shift that is not finite, a modulator too
+            ill-conditioned for the model's dtype, or a model that :func:`layout` refuses.
+
+    Source: "Neuromodulator-inspired task switching using a fixed weight-space transformation".
+    """
+
+    shift: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *modulators: Modulator,
+        shift: Tensor | None = None,
+        keep_original: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layout = layout(model)
+        _check_modulators(modulators, self.layout.num_weights, self.layout.dtype)
+        self.module = _retyped(copy.deepcopy(model), TIED)
+        self.modulators = cast(Sequence[Modulator], nn.ModuleList(modulators))
+        self.register_buffer("shift", self._checked_shift(shift))
+        self.keep_original = keep_original
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def state(self) -> int:
+        """The state in which the parameters are: 0, unless switched in place."""
+        return self._layers()[0].state
+
+    def forward(self, input: Any, state: State | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Call the model, in one or several states.
+
+        Args:
+            input: The model's first argument.
+            state: An integer, or integers [B], for the state of all samples or of each; a floating
+                number or tensor for doses, [] or [B], with several modulators [J] or [B, J]. None
+                leaves parameters as they are, also while switched in place.
+            *args: The model's further arguments.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            TypeError: A state of no such dtype.
+            ValueError: A state or dose out of its domain (NaN in compiled code), or not one for
+                each sample.
+            RuntimeError: Switched in place and called with a state; layers in use by another call.
+        """
+        if state is None:
+            return self.module(input, *args, **kwargs)
+        layers = self._layers()
+        if layers[0].state != 0:
+            raise RuntimeError(
+                "Switchable: expected parameters in state 0 for a call with a state, got state "
+                f"{layers[0].state}; call switch_back_() first, or leave the state out"
+            )
+        if any(layer.ambient is not None for layer in layers):
+            raise RuntimeError(
+                "Switchable: expected layers that no other call is using, got layers whose state "
+                "is set; give each thread a copy of the model"
+            )
+        coeff, states = self.coefficients(state)
+        points = self.points()
+        try:
+            for path, layer in self._named_layers():
+                layer.ambient = Ambient(points[path], coeff, states)
+            return self.module(input, *args, **kwargs)
+        finally:
+            for layer in layers:
+                layer.ambient = None
+
+    def coefficients(self, state: State) -> tuple[Tensor, Tensor | None]:
+        """The weight c of each state at some states or doses, and the states where they are such.
+
+        Args:
+            state: As in :meth:`forward`.
+
+        Returns:
+            c, [B, K] or [K], K states; and the states, [B], or None.
+        """
+        device, num_states = self.shift.device, len(self.modulators) + 1
+        sums = accumulation_dtype(self.layout.dtype)
+        given = torch.as_tensor(state, device=device)
+        if given.dtype is torch.bool:
+            given = given.long()
+        if not given.is_floating_point():
+            coeff = Discrete(num_states)(given)
+            return coeff.to(sums), given.long() if given.dim() == 1 else None
+        if num_states == 2:
+            return Dose()(given).to(sums), None
+        if given.shape[-1:] != (num_states - 1,):
+            raise ValueError(
+                f"Switchable: expected doses of shape [..., {num_states - 1}], one for each "
+                f"modulator, got {list(given.shape)}"
+            )
+        rest = 1 - given.sum(-1, keepdim=True)
+        return Doses(num_states)(torch.cat((rest, given), -1)).to(sums), None
+
+    def points(self) -> dict[str, dict[str, Tensor]]:
+        """Every switched parameter in all states, [K, ...], by layer and name; differentiable."""
+        w = flattened(self.module, self.layout.weights)
+        found: dict[str, dict[str, Tensor]] = {}
+        stacked = torch.stack([w, *(modulator(w) for modulator in self.modulators)])
+        _split(stacked, self.layout.weights, found)
+        if self.layout.biases:
+            b = flattened(self.module, self.layout.biases)
+            _split(torch.stack([b, *(b + v for v in self.shift)]), self.layout.biases, found)
+        return found
+
+    @torch.no_grad()
+    def switch_(self, state: int = 1) -> None:
+        """Map the parameters in place to a state: w ← M w, b ← b + v.
+
+        Raises:
+            RuntimeError: They are in a state other than 0 already.
+            ValueError: There is no such state.
+        """
+        if isinstance(state, bool) or not 1 <= state <= len(self.modulators):
+            raise ValueError(
+                f"switch_: expected a state from 1 to {len(self.modulators)}, got {state}"
+            )
+        if self.state != 0:
+            raise RuntimeError(
+                f"switch_: expected parameters in state 0, got state {self.state}; "
+                "call switch_back_() first"
+            )
+        for part in self._parts(state):
+            old = flattened(self.module, part.slots)
+            new = part.there(old)
+            if self.keep_original:
+                self._kept.append((old.clone(), new))
+            write(self.module, part.slots, new)
+        self._set_state(state)
+
+    @torch.no_grad()
+    def switch_back_(self) -> None:
+        """Map the parameters in place back to state 0: w ← M⁻¹ w, b ← b − v.
+
+        Raises:
+            RuntimeError: They are in state 0.
+        """
+        if self.state == 0:
+            raise RuntimeError("switch_back_: expected switched parameters, got state 0")
+        for i, part in enumerate(self._parts(self.state)):
+            now = flattened(self.module, part.slots)
+            if self.keep_original:
+                old, new = self._kept[i]
+                moved = part.back_moved(now - new)
+                write(self.module, part.slots, torch.where(moved == 0, old, old + moved))
+            else:
+                write(self.module, part.slots, part.back(now))
+        self._kept = []
+        self._set_state(0)
+
+    @contextmanager
+    def switched(self, state: int = 1) -> Iterator[Switchable]:
+        """``switch_`` for the time of a ``with`` block."""
+        self.switch_(state)
+        try:
+            yield self
+        finally:
+            self.switch_back_()
+
+    @torch.no_grad()
+    def fold(self, state: State = 0) -> nn.Module:
+        """An ordinary copy of the model at one state or dose, to export and deploy.
+
+        Raises:
+            RuntimeError: The parameters are switched in place.
+            ValueError: Not one state or dose.
+        """
+        if self.state != 0:
+            raise RuntimeError(f"fold: expected parameters in state 0, got state {self.state}")
+        coeff, _ = self.coefficients(state)
+        if coeff.dim() != 1:
+            raise ValueError(f"fold: expected one state or dose, got {len(coeff)}")
+        plain = _retyped(copy.deepcopy(self.module), PLAIN)
+        picked = int(coeff.argmax()) if bool((coeff == 1).any()) else None
+        for path, layer in self.points().items():
+            for name, basis in layer.items():
+                value = (
+                    functional.interpolate_weights(basis, coeff)
+                    if picked is None
+                    else basis[picked]
+                )
+                plain.get_submodule(path).get_parameter(name).copy_(value)
+        return plain
+
+    def checkpoint_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For ``torch.utils.checkpoint(..., use_reentrant=False, context_fn=...)``.
+
+        Returns:
+            A context for the first run, which changes nothing, and one for the recomputation, in
+            which the layers have the states they have now.
+        """
+        return nullcontext(), _restored([(layer, layer.ambient) for layer in self._layers()])
+
+    def extra_repr(self) -> str:
+        """The sizes of the two vectors."""
+        return f"num_weights={self.layout.num_weights}, num_biases={self.layout.num_biases}"
+
+    def _named_layers(self) -> list[tuple[str, Tied]]:
+        named = self.module.named_modules()
+        return [(path, module) for path, module in named if isinstance(module, Tied)]
+
+    def _layers(self) -> list[Tied]:
+        return [layer for _, layer in self._named_layers()]
+
+    def _set_state(self, state: int) -> None:
+        for layer in self._layers():
+            layer.state = state
+
+    def _parts(self, state: int) -> list[_Part]:
+        """The maps of a state: of all weights, or of each layer's; and of the biases."""
+        modulator = self.modulators[state - 1]
+        slots = self.layout.weights
+        sizes = [slot.shape.numel() for slot in slots]
+        parts: list[_Part] = [_Weights(slots, modulator)]
+        if isinstance(modulator, BlockDiagonal) and modulator.sizes == sizes:
+            parts = [_Weights([s], m) for s, m in zip(slots, modulator.blocks, strict=True)]
+        if self.layout.biases:
+            parts.append(_Biases(self.layout.biases, self.shift[state - 1]))
+        return parts
+
+    def _checked_shift(self, shift: Tensor | None) -> Tensor:
+        count, size = len(self.modulators), self.layout.num_biases
+        like = next(self._layers()[0].parameters())
+        if shift is None:
+            return like.new_zeros(count, size)
+        if shift.shape != (count, size) and (count > 1 or shift.shape != (size,)):
+            raise ValueError(
+                f"Switchable: expected shift of shape [J, m] = [{count}, {size}], a number for "
+                f"each bias, got {list(shift.shape)}"
+            )
+        if not shift.isfinite().all():
+            raise ValueError("Switchable: expected shift to be finite, got a NaN or an infinity")
+        return shift.detach().to(like).reshape(count, size).clone()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Switchable:
+        if self._kept:
+            raise RuntimeError(
+                "Switchable: expected parameters in state 0 for a conversion, got state "
+                f"{self.state}; call switch_back_() first"
+            )
+        super()._apply(fn)
+        dtype = next(self._layers()[0].parameters()).dtype
+        self.layout = replace(self.layout, dtype=dtype)
+        for modulator in self.modulators:
+            modulator.check(dtype)
+        return self
+
+
+@dataclass
+class _Part(ABC):
+    """Some parameters, and how a state maps them."""
+
+    slots: Sequence[Slot]
+
+    @abstractmethod
+    def there(self, values: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def back(self, values: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def back_moved(self, difference: Tensor) -> Tensor: ...
+
+
+@dataclass
+class _Weights(_Part):
+    modulator: Modulator
+
+    def there(self, values: Tensor) -> Tensor:
+        return self.modulator(values)
+
+    def back(self, values: Tensor) -> Tensor:
+        return self.modulator.inverse(values)
+
+    def back_moved(self, difference: Tensor) -> Tensor:
+        return self.modulator.inverse(difference)
+
+
+@dataclass
+class _Biases(_Part):
+    shift: Tensor
+
+    def there(self, values: Tensor) -> Tensor:
+        return values + self.shift
+
+    def back(self, values: Tensor) -> Tensor:
+        return values - self.shift
+
+    def back_moved(self, difference: Tensor) -> Tensor:
+        return difference
+
+
+def _check_modulators(modulators: Sequence[Modulator], size: int, dtype: torch.dtype) -> None:
+    if not modulators:
+        raise ValueError("Switchable: expected at least one modulator, got none")
+    for modulator in modulators:
+        if not isinstance(modulator, Modulator):
+            raise TypeError(
+                f"Switchable: expected modulators, got {type(modulator).__name__}; "
+                "for example neuromod_ext.nn.switch.Hadamard(n, seed)"
+            )
+        if modulator.size != size:
+            raise ValueError(
+                f"Switchable: expected modulators of {size} weights, got one of {modulator.size}; "
+                "layout(model).num_weights counts them"
+            )
+        modulator.check(dtype)
+
+
+def _retyped(model: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
+    """The model with the classes of its layers exchanged; their attributes stay."""
+    for module in model.modules():
+        if type(module) in table:
+            module.__class__ = table[type(module)]
+    return model
+
+
+def _split(stacked: Tensor, slots: Sequence[Slot], found: dict[str, dict[str, Tensor]]) -> None:
+    for slot in slots:
+        part = stacked[:, slot.begin : slot.end].unflatten(1, slot.shape)
+        found.setdefault(slot.module, {})[slot.name] = part
+
+
+@contextmanager
+def _restored(ambients: list[tuple[Tied, Ambient | None]]) -> Iterator[None]:
+    before = [layer.ambient for layer, _ in ambients]
+    for layer, ambient in ambients:
+        layer.ambient = ambient
+    try:
+        yield
+    finally:
+        for (layer, _), ambient in zip(ambients, before, strict=True):
+            layer.ambient = ambient

@@ -1,0 +1,620 @@
+"""Switchable: mixed batches against switched copies, in-place switching, and what is refused."""
+
+import copy
+import io
+import math
+import re
+
+import pytest
+import torch
+from bounds import UNIT
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import neuromod_ext as nm
+from neuromod_ext.nn.switch import (
+    Dense,
+    Diagonal,
+    Hadamard,
+    Kronecker,
+    Modulator,
+    Orthogonal,
+    Switchable,
+    layout,
+    orthogonal_library,
+)
+
+
+def cnn(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect"),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 3, bias=False),
+        nn.Flatten(),
+        nn.Linear(2 * 16, 3),
+    ).to(dtype)
+
+
+def data(n: int = 7, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, 1, 6, 6, dtype=dtype)
+
+
+def switchable(model: nn.Module, *seeds: int, **options: bool) -> Switchable:
+    """With a dense modulator and a shift for each seed."""
+    at = layout(model)
+    modulators = [Dense.random(at.num_weights, seed) for seed in seeds or (1,)]
+    return Switchable(
+        model, *modulators, shift=torch.randn(len(modulators), at.num_biases), **options
+    )
+
+
+# What a layout is
+
+
+def test_the_layout_is_all_weights_and_all_biases() -> None:
+    model = cnn()
+    at = layout(model)
+    assert [slot.path for slot in at.weights] == ["0.weight", "3.weight", "5.weight"]
+    assert [slot.path for slot in at.biases] == ["0.bias", "5.bias"]
+    assert (at.num_weights, at.num_biases) == (36 + 72 + 96, 4 + 3)
+    assert [(slot.begin, slot.end) for slot in at.weights] == [(0, 36), (36, 108), (108, 204)]
+
+
+def test_flattening_is_the_papers() -> None:
+    """w' = M w over all layers at once, b' = b + v."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)).double()
+    m, v = Dense.random(9, 1), torch.randn(4).double()
+    w = torch.cat([model[0].weight.flatten(), model[2].weight.flatten()])
+    w, b = m.matrix @ w, torch.cat([model[0].bias, model[2].bias]) + v
+    folded = Switchable(model, m, shift=v).fold(1)
+    torch.testing.assert_close(folded[0].weight, w[:6].view(3, 2))
+    torch.testing.assert_close(folded[2].weight, w[6:].view(1, 3))
+    torch.testing.assert_close(folded[0].bias, b[:3])
+    torch.testing.assert_close(folded[2].bias, b[3:])
+    assert type(folded[0]) is nn.Linear
+
+
+def test_one_modulator_for_each_layer() -> None:
+    model = cnn()
+    per_layer = layout(model).per_layer(lambda path, shape: Diagonal.per_neuron(shape, len(path)))
+    folded = Switchable(model, per_layer).fold(1)
+    for i in (0, 3, 5):
+        gain = folded[i].weight / model[i].weight
+        torch.testing.assert_close(
+            gain.flatten(1), gain.flatten(1)[:, :1].expand(len(gain), gain[0].numel())
+        )
+    with pytest.raises(ValueError, match=r"expected a modulator of 36 weights for '0\.weight'"):
+        layout(model).per_layer(lambda path, shape: Hadamard(4, 0))
+
+
+def test_what_a_layout_refuses() -> None:
+    tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match="got one tied between '0' and '1'"):
+        layout(tied)
+    with pytest.raises(ValueError, match="got none"):
+        layout(nn.LayerNorm(3))
+    with pytest.raises(ValueError, match=r"in float32 on cpu, got float64 on cpu in '1'"):
+        layout(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()))
+
+
+# Mixed batches
+
+
+@pytest.mark.parametrize("kind", ["states", "doses", "several states", "several doses"])
+def test_a_mixed_batch_equals_a_loop_over_switched_copies(kind: str) -> None:
+    model, x = cnn().eval(), data()
+    several = kind.startswith("several")
+    switch = switchable(model, 1, 2) if several else switchable(model)
+    if kind.endswith("states"):
+        given = torch.tensor([0, 1, 1, 0, 2, 1, 2]) % (3 if several else 2)
+    elif several:
+        given = torch.rand(7, 2).double() / 2
+    else:
+        given = torch.rand(7).double()
+    got = switch(x, given)
+    for i, one in enumerate(given):
+        torch.testing.assert_close(got[i : i + 1], switch.fold(one)(x[i : i + 1]))
+    assert torch.equal(switch(x), model(x))
+
+
+def test_states_doses_numbers_and_booleans_mean_the_same() -> None:
+    model, x = cnn().eval(), data()
+    switch = switchable(model)
+    want = switch.fold(1)(x)
+    for one in (
+        1,
+        1.0,
+        True,
+        torch.tensor(1),
+        torch.ones(7).long(),
+        torch.ones(7),
+        torch.ones(7) > 0,
+    ):
+        torch.testing.assert_close(switch(x, one), want)
+    torch.testing.assert_close(switch(x, 0), model(x))
+
+
+class Running:
+    """Bounds of a network of linear layers and ReLUs, layer by layer.
+
+    A layer's output misses that of exact arithmetic by what its kernel misses for its own operands
+    (bounds.py: 4 u S + terms e S), by what a point's entries miss, δ, times |x|, and by what its
+    input misses, times |W|; ReLU enlarges no error. M w is computed in float64 and stored with one
+    rounding u; the folded weight (1 − d) w + d M w of a copy rounds three times.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.u, self.e = UNIT[dtype], 2.0**-24
+
+    def layer(
+        self, x: Tensor, missed: Tensor, points: Tensor, bias: Tensor, c: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weight, shift = torch.einsum("bk,koi->boi", c, points), c @ bias
+        size = torch.einsum("bk,koi->boi", c, points.abs())
+        reach = x.abs() + missed
+        scale = torch.einsum("boi,bi->bo", size, reach) + c @ bias.abs()
+        terms = points.shape[-1] + len(points) + 3
+        own = (4 * self.u + terms * self.e + 4 * self.u) * scale
+        y = torch.einsum("boi,bi->bo", weight, x) + shift
+        return y, 1.01 * (own + torch.einsum("boi,bi->bo", size, missed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["states", "doses"])
+def test_a_mixed_batch_is_within_derived_bounds(dtype: torch.dtype, kind: str) -> None:
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5)).to(dtype)
+    at = layout(model)
+    shift = torch.randn(at.num_biases).to(dtype)
+    switch = Switchable(model, Diagonal.random(at.num_weights, 1), shift=shift)
+    x = torch.randn(64, 40).to(dtype)
+    given = torch.randint(0, 2, (64,)) if kind == "states" else torch.rand(64)
+    got = switch(x, given).double()
+    copies = torch.cat([switch.fold(one)(x[i : i + 1]) for i, one in enumerate(given)]).double()
+    c = switch.coefficients(given)[0].double()
+    exact = copy.deepcopy(switch).double()
+    running, y, missed = Running(dtype), x.double(), torch.zeros(64, 40).double()
+    points = exact.points()
+    for path in ("0", "2"):
+        p, b = points[path]["weight"].detach(), points[path]["bias"].detach()
+        y, missed = running.layer(y, missed, p, b, c)
+        y = y.relu() if path == "0" else y
+    assert ((got - y).abs() <= missed).all()
+    assert ((copies - y).abs() <= missed).all()
+    assert ((got - copies).abs() <= 2 * missed).all()
+    wrong = switch(x, 1 - given).double()
+    assert ((wrong - y).abs() > missed).any()
+
+
+def test_gradients_of_a_mixed_batch_come_back_through_the_transpose() -> None:
+    model, x = cnn().eval(), data()
+    switch, given = switchable(model), torch.tensor([0, 1, 1, 0, 1, 1, 0])
+    switch(x, given).square().sum().backward()
+    got = torch.cat(
+        [switch.module.get_parameter(s.path).grad.flatten() for s in switch.layout.weights]
+    )
+    want = torch.zeros_like(got)
+    for state in (0, 1):
+        net = switch.fold(state)
+        net(x[given == state]).square().sum().backward()
+        g = torch.cat([net.get_parameter(s.path).grad.flatten() for s in switch.layout.weights])
+        want += g if state == 0 else switch.modulators[0].transpose(g)
+    torch.testing.assert_close(got, want)
+
+
+def test_a_dose_has_a_gradient() -> None:
+    switch, x = switchable(cnn().eval()), data()
+    assert torch.autograd.gradcheck(
+        lambda d: switch(x, d), (torch.rand(7).double().requires_grad_(),)
+    )
+
+
+@pytest.mark.parametrize("make", [lambda n: Dense.random(n, 3), lambda n: Orthogonal.random(n, 3)])
+def test_the_two_schemes_agree_for_orthogonal_modulators_only(make) -> None:
+    """In place a step moves w by −η M⁻¹ g', through the derivative by −η Mᵀ g'."""
+    model, x = cnn().eval(), data()
+    m: Modulator = make(layout(model).num_weights)
+    steps = []
+    for in_place in (True, False):
+        switch = Switchable(model, m)
+        before = torch.cat([p.detach().flatten().clone() for p in switch.parameters()])
+        optimizer = torch.optim.SGD(switch.parameters(), lr=0.01)
+        if in_place:
+            with switch.switched():
+                switch(x).square().sum().backward()
+                optimizer.step()
+        else:
+            switch(x, 1).square().sum().backward()
+            optimizer.step()
+        steps.append(torch.cat([p.detach().flatten() for p in switch.parameters()]) - before)
+    if isinstance(m, Orthogonal):
+        torch.testing.assert_close(steps[0], steps[1], rtol=1e-6, atol=1e-12)
+    else:
+        assert float((steps[0] - steps[1]).norm()) > 0.1 * float(steps[1].norm())
+
+
+# In place
+
+
+def flat(switch: Switchable) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in switch.module.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["whole", "per layer"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_switching_in_place_gives_the_same_network(kind: str, keep: bool) -> None:
+    model, x = cnn().eval(), data()
+    at = layout(model)
+    m: Modulator = Hadamard(at.num_weights, 1)
+    if kind == "per layer":
+        m = at.per_layer(lambda path, shape: Kronecker.random(shape[0], shape[1:].numel(), seed=2))
+    switch = Switchable(model, m, shift=torch.randn(at.num_biases), keep_original=keep)
+    want, before = switch(x, 1), flat(switch)
+    identities = [id(p) for p in switch.parameters()]
+    switch.switch_()
+    assert switch.state == 1
+    torch.testing.assert_close(switch(x), want)
+    switch.switch_back_()
+    assert switch.state == 0
+    torch.testing.assert_close(flat(switch), before)
+    assert [id(p) for p in switch.parameters()] == identities
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_drift_of_10_000_round_trips_is_bounded(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1)).to(dtype)
+    switch = Switchable(model, Orthogonal.random(12, 0), shift=torch.randn(5))
+    w, b = (
+        torch.cat([p.detach().flatten() for p in switch.parameters() if (p.dim() > 1) == weights])
+        for weights in (True, False)
+    )
+    for _ in range(10_000):
+        switch.switch_()
+        switch.switch_back_()
+    now, bias = (
+        torch.cat([p.detach().flatten() for p in switch.parameters() if (p.dim() > 1) == weights])
+        for weights in (True, False)
+    )
+    drift = float((now.double() - w.double()).norm() / w.double().norm())
+    assert 0 < drift <= switch.modulators[0].round_trip_bound(dtype, 10_000)
+    # b + v rounds by u (|b| + |v|), and so does taking v away; a second trip meets the same sums
+    assert (bias - b).abs().max() <= 4 * UNIT[dtype] * (b.abs().max() + switch.shift.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_keeping_the_original_is_free_of_drift(dtype: torch.dtype) -> None:
+    model = cnn(dtype)
+    with torch.no_grad():
+        model[5].weight[0, :2] = torch.tensor([-0.0, 0.0])
+    n = layout(model).num_weights
+    switch = Switchable(model, Hadamard(n, 3), shift=torch.randn(7), keep_original=True)
+    before = [p.detach().clone() for p in switch.parameters()]
+    for _ in range(1000 if dtype == torch.float32 else 20):
+        switch.switch_()
+        switch.switch_back_()
+    for old, new in zip(before, switch.parameters(), strict=True):
+        assert torch.equal(old, new)
+        assert torch.equal(old.signbit(), new.signbit())
+
+
+def test_steps_taken_while_switched_are_mapped_back_by_the_inverse() -> None:
+    model = cnn()
+    n = layout(model).num_weights
+    results = []
+    for keep in (False, True):
+        switch = Switchable(model, Dense.random(n, 3), keep_original=keep)
+        w = torch.cat(
+            [switch.module.get_parameter(s.path).flatten() for s in switch.layout.weights]
+        )
+        switch.switch_()
+        moved = torch.linspace(-1, 1, n, dtype=torch.float64)
+        with torch.no_grad():
+            for slot in switch.layout.weights:
+                switch.module.get_parameter(slot.path).add_(
+                    moved[slot.begin : slot.end].view(slot.shape)
+                )
+        switch.switch_back_()
+        now = torch.cat(
+            [switch.module.get_parameter(s.path).flatten() for s in switch.layout.weights]
+        )
+        torch.testing.assert_close(now - w, switch.modulators[0].inverse(moved))
+        results.append(now)
+    torch.testing.assert_close(*results)
+
+
+def test_an_optimizer_steps_on_across_switches() -> None:
+    switch, x = switchable(cnn(), keep_original=True), data()
+    optimizer = torch.optim.Adam(switch.parameters(), lr=0.01)
+    for _ in range(3):
+        for state in (0, 1):
+            if state:
+                switch.switch_()
+            before = flat(switch)
+            optimizer.zero_grad()
+            switch(x).square().mean().backward()
+            optimizer.step()
+            assert not torch.equal(flat(switch), before)
+            if state:
+                switch.switch_back_()
+
+
+# Copies, saved states, conversions, transforms
+
+
+def test_saving_and_loading() -> None:
+    switch, other, x = switchable(cnn().eval()), switchable(cnn().eval(), 9), data()
+    other.load_state_dict(switch.state_dict())
+    for state in (0, 1, 0.5):
+        assert torch.equal(other(x, state), switch(x, state))
+    assert set(switch.module.state_dict()) == set(cnn().state_dict())
+
+
+@pytest.mark.parametrize("of", [lambda s: s, lambda s: s.module, lambda s: s.module[5]])
+def test_saving_or_loading_while_switched_is_refused(of) -> None:
+    switch = switchable(cnn())
+    state = of(switch).state_dict()
+    with switch.switched():
+        for call, doing in (
+            (of(switch).state_dict, "saving"),
+            (lambda: of(switch).load_state_dict(state), "loading"),
+        ):
+            with pytest.raises(
+                RuntimeError, match=f"expected weights in state 0 for {doing}, got state 1"
+            ):
+                call()
+    of(switch).load_state_dict(of(switch).state_dict())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_copies_know_their_state(keep: bool) -> None:
+    switch, x = switchable(cnn().eval(), keep_original=keep), data()
+    want = switch(x, 0)
+    switch.switch_()
+    file = io.BytesIO()
+    torch.save(switch, file)
+    file.seek(0)
+    for other in (copy.deepcopy(switch), torch.load(file, weights_only=False)):
+        assert other.state == 1
+        assert torch.equal(other(x), switch(x))
+        other.switch_back_()
+        torch.testing.assert_close(other(x), want)
+    assert switch.state == 1
+
+
+def test_the_model_given_is_not_changed() -> None:
+    model = cnn()
+    before = copy.deepcopy(model.state_dict())
+    switch = switchable(model)
+    switch.switch_()
+    assert type(model[0]) is nn.Conv2d
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_conversions() -> None:
+    model, x = cnn(torch.float32).eval(), data(dtype=torch.float32)
+    at = layout(model)
+    switch = Switchable(model, Orthogonal.random(at.num_weights, 1), shift=torch.randn(7))
+    wide = copy.deepcopy(switch).double()
+    torch.testing.assert_close(wide(x.double(), 1), switch(x, 1).double(), rtol=1e-4, atol=1e-4)
+    assert switch.modulators[0].matrix.dtype == torch.float64
+    kept = switchable(cnn(), keep_original=True)
+    kept.switch_()
+    with pytest.raises(RuntimeError, match="expected parameters in state 0 for a conversion"):
+        kept.float()
+    ill = Switchable(model, Diagonal(torch.linspace(1, 100, at.num_weights)))
+    with pytest.raises(ValueError, match="for weights of bfloat16, got 1e"):
+        ill.bfloat16()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", ["states", "doses", "one"])
+def test_compile(kind: str, dynamic: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    switch = switchable(model)
+    run = torch.compile(switch, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (5, 7):
+        x = torch.randn(n, 6).double()
+        given = {"states": torch.randint(0, 2, (n,)), "doses": torch.rand(n), "one": 1}[kind]
+        want = torch.autograd.grad(switch(x, given).square().sum(), list(switch.parameters()))
+        got = torch.autograd.grad(run(x, given).square().sum(), list(switch.parameters()))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+    assert switch.module[0].ambient is None
+
+
+def test_compiled_convolutions_and_a_state_in_place() -> None:
+    switch, x, given = switchable(cnn().eval()), data(), torch.tensor([0, 1, 1, 0, 1, 0, 1])
+    run = torch.compile(switch, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(x, given), switch(x, given))
+    torch.testing.assert_close(run(x), switch(x))
+    with switch.switched():
+        torch.testing.assert_close(run(x), switch(x))
+
+
+def test_out_of_the_domain_in_compiled_code_is_nan_for_that_sample() -> None:
+    switch = switchable(nn.Linear(3, 2))
+    run = torch.compile(switch, fullgraph=True, backend="aot_eager")
+    for given in (torch.tensor([0.5, math.nan, 2.0, -1.0]), torch.tensor([1, 2, -1, 7])):
+        out = run(torch.randn(4, 3), given)
+        assert out[0].isfinite().all()
+        assert out[1:].isnan().all()
+
+
+def test_vmap_and_per_sample_gradients() -> None:
+    switch = switchable(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).double())
+    x, d = torch.randn(5, 3).double(), torch.rand(5).double()
+    parameters = dict(switch.named_parameters())
+
+    def loss(parameters, x, d):
+        return torch.func.functional_call(switch, parameters, (x[None], d[None])).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, d)
+    for i in range(5):
+        g = torch.autograd.grad(
+            switch(x[i : i + 1], d[i : i + 1]).square().sum(), list(parameters.values())
+        )
+        for name, want in zip(parameters, g, strict=True):
+            torch.testing.assert_close(each[name][i], want)
+
+
+def test_checkpointing_brings_the_states_back() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.context_fn = cnn().eval(), None
+
+        def forward(self, x):
+            if self.context_fn is None:
+                return self.body(x)
+            return checkpoint(self.body, x, use_reentrant=False, context_fn=self.context_fn)
+
+    switch, x, d = switchable(Net()), data().requires_grad_(), torch.rand(7).double()
+    (want,) = torch.autograd.grad(switch(x, d).square().sum(), x)
+    switch.module.context_fn = switch.checkpoint_contexts
+    (got,) = torch.autograd.grad(switch(x, d).square().sum(), x)
+    torch.testing.assert_close(got, want)
+
+
+# Refusals
+
+
+def refusing(model: nn.Module | None = None) -> Switchable:
+    return switchable(model or nn.Linear(3, 2))
+
+
+X = torch.ones(4, 3)
+BAD = {
+    "nan dose": (lambda s: s(X, math.nan), ValueError, "Dose: expected s in [0, 1], got nan"),
+    "infinite dose": (
+        lambda s: s(X, torch.tensor([0, 1, math.inf, 0])),
+        ValueError,
+        "got inf at index 2",
+    ),
+    "large dose": (lambda s: s(X, 1.5), ValueError, "Dose: expected s in [0, 1], got 1.5"),
+    "no such state": (lambda s: s(X, 2), ValueError, "Discrete: expected s"),
+    "negative state": (
+        lambda s: s(X, torch.tensor([0, 0, 0, -1])),
+        ValueError,
+        "got -1 at index 3",
+    ),
+    "too few": (
+        lambda s: s(X, torch.rand(3)),
+        ValueError,
+        "expected coeff of shape [B, K] = [4, 2], got [3, 2]",
+    ),
+    "complex": (lambda s: s(X, 1j), TypeError, "expected s of a"),
+    "switch to 0": (
+        lambda s: s.switch_(0),
+        ValueError,
+        "switch_: expected a state from 1 to 1, got 0",
+    ),
+    "switch to 2": (
+        lambda s: s.switch_(2),
+        ValueError,
+        "switch_: expected a state from 1 to 1, got 2",
+    ),
+    "switch twice": (
+        lambda s: (s.switch_(), s.switch_()),
+        RuntimeError,
+        "switch_: expected parameters in state 0, got state 1",
+    ),
+    "back": (
+        lambda s: s.switch_back_(),
+        RuntimeError,
+        "switch_back_: expected switched parameters, got state 0",
+    ),
+    "call with a state": (
+        lambda s: (s.switch_(), s(X, 1)),
+        RuntimeError,
+        "expected parameters in state 0 for a call with a state, got state 1",
+    ),
+    "fold switched": (
+        lambda s: (s.switch_(), s.fold(1)),
+        RuntimeError,
+        "fold: expected parameters in state 0, got state 1",
+    ),
+    "fold several": (
+        lambda s: s.fold(torch.rand(3)),
+        ValueError,
+        "fold: expected one state or dose, got 3",
+    ),
+    "no modulator": (
+        lambda s: Switchable(nn.Linear(3, 2)),
+        ValueError,
+        "expected at least one modulator, got none",
+    ),
+    "a matrix": (
+        lambda s: Switchable(nn.Linear(3, 2), torch.eye(6)),
+        TypeError,
+        "expected modulators, got Tensor",
+    ),
+    "size": (
+        lambda s: Switchable(nn.Linear(3, 2), Hadamard(8, 0)),
+        ValueError,
+        "expected modulators of 6 weights, got one of 8",
+    ),
+    "condition": (
+        lambda s: Switchable(nn.Linear(1, 2), Diagonal(torch.tensor([1, 1e4]))),
+        ValueError,
+        "at most 4.1e+03 for weights of float32, got 1e+04",
+    ),
+    "shift": (
+        lambda s: Switchable(nn.Linear(3, 2), Hadamard(6, 0), shift=torch.ones(3)),
+        ValueError,
+        "expected shift of shape [J, m] = [1, 2]",
+    ),
+    "nan shift": (
+        lambda s: Switchable(nn.Linear(3, 2), Hadamard(6, 0), shift=torch.tensor([0, math.nan])),
+        ValueError,
+        "expected shift to be finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refusals(name: str) -> None:
+    call, error, words = BAD[name]
+    with pytest.raises(error, match=re.escape(words)) as caught:
+        call(refusing())
+    assert "\n" not in str(caught.value)
+
+
+def test_doses_of_several_modulators_are_checked() -> None:
+    s = Switchable(nn.Linear(3, 2), *orthogonal_library(6, 2, 0))
+    assert s(X, torch.tensor([0.25, 0.75])).shape == (4, 2)
+    with pytest.raises(ValueError, match=r"Doses: expected s nonnegative and summing to 1, got"):
+        s(X, torch.tensor([0.5, 0.75]))
+    with pytest.raises(
+        ValueError, match=r"expected doses of shape \[..., 2\], one for each modulator"
+    ):
+        s(X, 0.5)
+
+
+def test_a_call_in_use_and_an_error_leave_nothing_behind() -> None:
+
+    switch = refusing(nn.Sequential(nn.Linear(3, 2)))
+    switch.module.register_forward_hook(lambda m, args, out: switch(X, 1))
+    with pytest.raises(RuntimeError, match="layers that no other call is using"):
+        switch(X, 1)
+    assert switch.module[0].ambient is None
+    switch = refusing()
+    with pytest.raises(ValueError):
+        switch(torch.ones(4, 5), 1)
+    assert switch.module.ambient is None
+
+
+def test_switched_ends_with_the_block_also_after_an_error() -> None:
+    switch = refusing()
+    with pytest.raises(KeyError), switch.switched() as inside:
+        assert inside.state == 1
+        raise KeyError
+    assert switch.state == 0
+
+
+def test_other_parameters_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+    folded = switchable(model).fold(1)
+    assert torch.equal(folded[1].weight, model[1].weight)
+    assert not torch.equal(folded[2].weight, model[2].weight)
+    assert nm.nn.switch.Switchable is Switchable
