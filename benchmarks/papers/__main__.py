@@ -7,9 +7,11 @@ from rich.console import Console
 
 from benchmarks.papers.report import Failure
 from benchmarks.papers.rotated import Rotated
+from benchmarks.papers.switch import SwitchedGates
 
 EXPERIMENTS = {
     "rotated": Rotated,
+    "switch": SwitchedGates,
 }
 
 

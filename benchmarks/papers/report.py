@@ -91,7 +91,7 @@ def by_model(record: dict[str, Any], key: str) -> dict[str, Array]:
 
 def write(record: dict[str, Any], figures: dict[str, Figure], folder: Path) -> list[Path]:
     """Write figures and the record as JSON, named after experiment and data; return their paths."""
-    stem = f"{record['experiment']}-{record['config']['data']}"
+    stem = record.get("stem") or f"{record['experiment']}-{record['config']['data']}"
     paths = [folder / f"{stem}-{name}.png" for name in figures] + [folder / f"{stem}.json"]
     for figure, path in zip(figures.values(), paths, strict=False):
         figure.savefig(path, dpi=200, bbox_inches="tight")

@@ -1,0 +1,173 @@
+"""The switch paper's figures; needs matplotlib, ``pip install neuromod_ext[papers]``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from neuromod_ext.plotting.figures import STYLES, _figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike, NDArray
+
+Clusters = Mapping[str, "ArrayLike"]
+
+
+def plot_task_structure(
+    networks: Mapping[str, tuple[Clusters, Mapping[str, ArrayLike], Mapping[str, ArrayLike]]],
+    *,
+    title: str = "",
+) -> Figure:
+    """Draw where trained networks lie, and how far those of two tasks are apart.
+
+    Args:
+        networks: By kind of network, one row each: the networks of each task in the space of the
+            first three principal components, [N, 3]; and for some pairs of tasks the cosine and
+            the Euclidean distances, [P].
+        title: Stands above the figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: There is no matplotlib.
+    """
+    figure, first = _figure(11, 3.6 * len(networks), title)
+    first.remove()
+    figure.suptitle(title, fontsize=11)
+    grid = figure.add_gridspec(len(networks), 3, width_ratios=(1.3, 1, 1))
+    for row, (kind, (clusters, cosine, euclidean)) in enumerate(networks.items()):
+        space: Any = figure.add_subplot(grid[row, 0], projection="3d")
+        for (task, points), style in zip(clusters.items(), STYLES, strict=False):
+            space.scatter(*np.asarray(points).T, s=7, label=task, color=style["color"])
+        space.set(xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", title=kind)
+        space.legend(fontsize=8, frameon=False)
+        for column, (name, pairs) in enumerate((("cosine", cosine), ("Euclidean", euclidean)), 1):
+            axes = figure.add_subplot(grid[row, column])
+            top = max(float(np.max(values)) for values in pairs.values())
+            for (pair, values), style in zip(pairs.items(), STYLES, strict=False):
+                shape: dict[str, Any] = {
+                    "bins": 50,
+                    "range": (0, top),
+                    "density": True,
+                    "histtype": "step",
+                }
+                axes.hist(np.asarray(values), label=pair, **shape, **style)
+            axes.set(xlabel=f"{name} distance", ylabel="density")
+            axes.legend(fontsize=8, frameon=False)
+            axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_co_optimisation(
+    runs: Mapping[str, Mapping[str, ArrayLike]],
+    clusters: Clusters,
+    tasks: Sequence[str],
+    *,
+    title: str = "",
+) -> Figure:
+    """Draw how networks learn two tasks in turns: path, loss, peaks and successes.
+
+    Args:
+        runs: By name (a period, say), one row each, of: ``path``, [T, 2], of one run in the plane
+            of ``clusters``; ``losses``, [T], its loss; ``peaks``, [cycles, states], the
+            median loss after a switch; ``success``, [cycles], the share of runs right on both.
+        clusters: Networks trained for one task only, [N, 2], by task.
+        tasks: Their names, by state.
+        title: Stands above the figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: There is no matplotlib.
+    """
+    figure, first = _figure(13, 2.8 * len(runs), "")
+    first.remove()
+    figure.suptitle(title, fontsize=11)
+    grid: Any = figure.subplots(len(runs), 4, squeeze=False)
+    for (name, run), row in zip(runs.items(), grid, strict=True):
+        _path(row[0], np.asarray(run["path"]), clusters)
+        row[0].set_title(name, fontsize=10, loc="left")
+        row[1].plot(np.asarray(run["losses"]), color="0.3", linewidth=0.6)
+        row[1].set(xlabel="epoch", ylabel="loss, one run")
+        for state, (task, style) in enumerate(zip(tasks, STYLES, strict=False)):
+            row[2].plot(np.asarray(run["peaks"])[:, state], label=task, **style)
+        row[2].set(xlabel="cycle", ylabel="loss after a switch, median")
+        row[2].legend(fontsize=8, frameon=False)
+        row[3].plot(100 * np.asarray(run["success"]), color=STYLES[2]["color"])
+        row[3].set(xlabel="cycle", ylabel="right in both states (% of runs)", ylim=(0, 102))
+        for axes in row:
+            axes.spines[["top", "right"]].set_visible(False)
+        for axes in row[2:]:
+            axes.set_xscale("log")
+    return figure
+
+
+def plot_success(rates: Mapping[str, tuple[float, float, float]], *, title: str = "") -> Figure:
+    """Draw success rates as bars with their intervals.
+
+    Args:
+        rates: By name, the rate and the ends of its interval, in percent.
+        title: Stands above the figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: There is no matplotlib.
+    """
+    figure, axes = _figure(7.2, 0.9 + 0.32 * len(rates), title)
+    at = np.arange(len(rates))[::-1]
+    middle, low, high = np.array(list(rates.values())).T
+    axes.barh(at, middle, color=STYLES[0]["color"], alpha=0.75, height=0.7)
+    axes.errorbar(
+        middle, at, xerr=(middle - low, high - middle), fmt="none", color="0.2", capsize=2
+    )
+    axes.set(yticks=at, yticklabels=list(rates), xlabel="success (% of starts)", xlim=(0, 100))
+    return figure
+
+
+def plot_accuracy_by_size(
+    sizes: Mapping[str, ArrayLike],
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    title: str = "",
+) -> Figure:
+    """Draw accuracy against the number of parameters, a line and a band for each model.
+
+    Args:
+        sizes: By model, the numbers of parameters, [S], ascending.
+        curves: By model, the mean accuracy and the half-width of its interval, [S], in percent.
+        title: Stands above the figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: There is no matplotlib.
+    """
+    figure, axes = _figure(6.6, 4.4, title)
+    for (name, band), style in zip(curves.items(), STYLES, strict=False):
+        mean, half = (np.asarray(values, dtype=np.float64) for values in band)
+        x = np.asarray(sizes[name])
+        axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.16, lw=0)
+        axes.plot(x, mean, label=name, marker="o", markersize=3, **style)
+    axes.set(xlabel="parameters", ylabel="test accuracy, mean of both tasks (%)", xscale="log")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _path(axes: Axes, path: NDArray[np.float64], clusters: Clusters) -> None:
+    for (task, points), style in zip(clusters.items(), STYLES, strict=False):
+        x, y = np.asarray(points).T
+        axes.scatter(x, y, s=5, alpha=0.5, label=task, color=style["color"])
+    axes.plot(*path.T, color="black", linewidth=0.7)
+    axes.plot(*path[0], "o", color="black", markersize=4, fillstyle="none")
+    axes.plot(*path[-1], "o", color="black", markersize=4)
+    axes.set(xlabel="PC 1", ylabel="PC 2")
+    axes.legend(fontsize=7, frameon=False)

@@ -1,0 +1,130 @@
+"""The switch paper's experiments: the batched runs are the library's, and a tiny run of each."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.papers import gates
+from benchmarks.papers.__main__ import main
+from neuromod_ext.nn import switch as library
+
+AND, XOR = gates.GATES["AND"], gates.GATES["XOR"]
+
+
+def one_network(runs: gates.Runs, r: int) -> nn.Sequential:
+    """Run r as an ordinary model."""
+    layers: list[nn.Module] = []
+    for shape in runs.sizes.shapes:
+        layers += [nn.Linear(shape[1], shape[0], dtype=torch.float64), nn.ReLU()]
+    net = nn.Sequential(*layers[:-1], nn.Sigmoid())
+    nn.utils.vector_to_parameters(runs.w[r], [p for p in net.parameters() if p.dim() > 1])
+    nn.utils.vector_to_parameters(runs.b[r], [p for p in net.parameters() if p.dim() == 1])
+    return net
+
+
+def flat(net: nn.Module) -> Tensor:
+    parameters = list(net.parameters())
+    parts = [p for p in parameters if p.dim() > 1] + [p for p in parameters if p.dim() == 1]
+    return torch.cat([p.detach().flatten() for p in parts])
+
+
+@pytest.mark.parametrize("scheme", ["alternating", "joint"])
+@pytest.mark.parametrize("sizes", [gates.two_layers(3), gates.four_layers(2)], ids=str)
+def test_a_row_of_the_batch_is_the_librarys_co_optimise(sizes: gates.Sizes, scheme) -> None:
+    runs = gates.Runs.start(sizes, 3, seed=5)
+    switch = gates.Switch.draw("dense", sizes, 3, seed=5)
+    nets = [one_network(runs, r) for r in range(3)]
+    cycles = list(
+        gates.co_optimise(runs, switch, (AND, XOR), period=4, cycles=3, lr=0.5, scheme=scheme)
+    )
+    for r, net in enumerate(nets):
+        m = library.Dense.random(sizes.weights, 5 + r)
+        switchable = library.Switchable(net, m, shift=switch.v[r])
+        tasks = [
+            lambda network, gate=gate: [F.mse_loss(network(gates.INPUTS).squeeze(1), gate)]
+            for gate in (AND, XOR)
+        ]
+        losses = []
+        library.co_optimise(
+            switchable,
+            tasks,
+            torch.optim.SGD(switchable.parameters(), lr=0.5),
+            period=4,
+            cycles=3,
+            scheme=scheme,
+            callback=lambda epoch, losses=losses: losses.append(epoch.losses[0]),
+        )
+        torch.testing.assert_close(flat(switchable.module), cycles[-1].parameters[r])
+        seen = torch.stack([c.losses[:, :, r] for c in cycles])
+        seen = seen.sum(1).flatten() if scheme == "joint" else seen.flatten()
+        torch.testing.assert_close(seen, torch.tensor(losses, dtype=torch.float64))
+        for state, gate in enumerate((AND, XOR)):
+            share = (switchable(gates.INPUTS, state).squeeze(1).round() == gate).double().mean()
+            assert float(cycles[-1].right[state, r]) == float(share)
+
+
+def test_runs_do_not_depend_on_their_number() -> None:
+    few, many = (gates.Runs.start(gates.two_layers(4), n) for n in (2, 5))
+    for runs in (few, many):
+        for _ in gates.train(runs, XOR, 20, 0.5):
+            pass
+    torch.testing.assert_close(few.parameters(), many.parameters()[:2])
+
+
+def test_starts_are_those_of_torch_in_distribution() -> None:
+    runs = gates.Runs.start(gates.two_layers(4), 400)
+    first, second = runs.w[:, :8], runs.w[:, 8:]
+    assert float(first.abs().max()) <= 2**-0.5 < 1.05 * float(first.abs().max())
+    assert float(second.abs().max()) <= 0.5 < 1.05 * float(second.abs().max())
+    assert abs(float(runs.w.mean())) < 0.05
+
+
+TINY = ["--starts", "6", "--cycles", "4", "--epochs", "6"]
+
+
+@pytest.mark.parametrize("part", ["map", "and-or", "and-xor"])
+def test_a_tiny_run(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["switch", "--part", part, *TINY, "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / f"switch-{part}.json").read_text())
+    assert record["config"]["starts"] == 6
+    assert str(tmp_path / f"switch-{part}-figure.png") in capsys.readouterr().out
+    from matplotlib.image import imread
+
+    pixels = imread(tmp_path / f"switch-{part}-figure.png")
+    assert 0.005 < (pixels[..., :3].min(2) < 0.9).mean() < 0.5
+    if part == "map":
+        two = record["networks"]["two layers"]
+        assert np.array(two["components"]["XOR"]).shape == (6, 3)
+        assert len(two["distances"]["AND"]["cosine"]) == 15
+        assert len(two["distances"]["AND to OR"]["cosine"]) == 36
+        return
+    settings = record["settings"]
+    expected = 9 if part == "and-or" else 24
+    assert len(settings) == expected
+    for numbers in settings:
+        assert len(numbers["success_by_cycle"]) == 4
+        assert np.array(numbers["peak_after_switch"]["median_by_cycle"]).shape == (4, 2)
+        assert numbers["success"]["low_95"] <= numbers["success"]["rate"]
+        assert numbers["success"]["runs"] == 6
+    if part == "and-or":
+        assert [n["period"] for n in settings[:3]] == [3, 10, 30]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--starts", "0"], "--starts: expected at least 1, got 0"),
+        (["--lr", "nan"], "--lr: expected a number above 0, got nan"),
+        (["--part", "map", "--starts", "1"], "--starts: expected at least 2 with map, got 1"),
+    ],
+)
+def test_bad_options(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["switch", "--out", str(tmp_path), *options]) == 1
+    assert message in capsys.readouterr().err
