@@ -5,6 +5,7 @@ runs on that backend.
 """
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import torch
 import neuromod_ext._ops  # noqa: F401  (registers the ops)
 
 BACKENDS = ("cpu", "emulated", "cuda")
-EMULATED = Path(__file__).parents[1] / "build" / "libneuromod_emulated.so"
+LIBRARY = Path(__file__).parents[1] / "build" / "libneuromod_emulated.so"
+EMULATED = Path(os.environ.get("NEUROMOD_EMULATED", LIBRARY))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

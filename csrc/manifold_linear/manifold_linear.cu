@@ -225,7 +225,7 @@ int launch_mix(const ManifoldLinearParams& p, View rows, View weight, View out, 
 }  // namespace
 
 int launch_manifold_linear_forward(const ManifoldLinearParams& p, stream_t stream) {
-  const CudaPlan plan = cuda_forward_plan(p, false);
+  const CudaPlan plan = cuda_plan(p, CudaPass::forward, false);
   if (plan == CudaPlan::fold) return launch_forward_fold(p, stream);
   if (plan != CudaPlan::simt) return launch_forward_tiles(p, plan, stream);
   const View transposed{p.basis.data, {p.basis.stride[0], p.basis.stride[2], p.basis.stride[1]}};

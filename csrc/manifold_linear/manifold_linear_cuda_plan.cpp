@@ -205,12 +205,14 @@ constexpr CudaPlan kPlans[] = {CudaPlan::simt, CudaPlan::small, CudaPlan::large,
                                CudaPlan::fold, CudaPlan::gemm,  CudaPlan::fold_gemm};
 bool is_torch(CudaPlan plan) { return plan == CudaPlan::gemm || plan == CudaPlan::fold_gemm; }
 
-/// The cheapest plan, or the forced one if it can; its cost, 0 for the forced one.
+/// The plan a pass gets, and its cost, 0 for a forced one. Where the forced one cannot, the cheapest: for plan
+/// fold_gemm that which folds, for kernels' plans one of kernels.
 CudaPlanCost best(const ManifoldLinearParams& p, CudaPass pass, bool torch) {
-  if (CudaPlan forced{}; forced_cuda_plan(forced) && can_run(p, pass, forced) && (torch || !is_torch(forced)))
-    return {forced, 0};
-  if (CudaPlan forced{}; forced_cuda_plan(forced) && forced == CudaPlan::fold_gemm && can_run(p, pass, CudaPlan::fold))
-    return {CudaPlan::fold, 0};  // for what fold_gemm has no product
+  if (CudaPlan forced{}; forced_cuda_plan(forced)) {
+    if (can_run(p, pass, forced) && (torch || !is_torch(forced))) return {forced, 0};
+    if (forced == CudaPlan::fold_gemm && can_run(p, pass, CudaPlan::fold)) return {CudaPlan::fold, 0};
+    torch = torch && is_torch(forced);
+  }
   const auto plans = cuda_plan_costs(p, pass, torch);
   return plans.empty() ? CudaPlanCost{CudaPlan::simt, INFINITY} : plans.front();
 }
@@ -259,7 +261,7 @@ std::vector<CudaPlanCost> cuda_plan_costs(const ManifoldLinearParams& p, CudaPas
   return plans;
 }
 
-CudaPlan cuda_forward_plan(const ManifoldLinearParams& p, bool torch) { return best(p, CudaPass::forward, torch).plan; }
+CudaPlan cuda_plan(const ManifoldLinearParams& p, CudaPass pass, bool torch) { return best(p, pass, torch).plan; }
 
 CudaBackwardPlan cuda_backward_plan(const ManifoldLinearBackwardParams& q, bool torch) {
   const ManifoldLinearParams& p = q.p;
@@ -306,7 +308,7 @@ int64_t cuda_gemm_samples(const ManifoldLinearParams& p) {
 }
 
 int64_t cuda_forward_workspace(const ManifoldLinearParams& p) {
-  const CudaPlan plan = cuda_forward_plan(p, false);
+  const CudaPlan plan = cuda_plan(p, CudaPass::forward, false);
   return plan == CudaPlan::fold ? 0 : 4 * partial_elements(cuda_forward(p, plan), p.rows(), p.out_features);
 }
 

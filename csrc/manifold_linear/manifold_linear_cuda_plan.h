@@ -35,8 +35,9 @@ struct CudaPlanCost {
 /// if none can.
 std::vector<CudaPlanCost> cuda_plan_costs(const ManifoldLinearParams& p, CudaPass pass, bool torch);
 
-/// The first of them, or the one that is forced, if it can.
-CudaPlan cuda_forward_plan(const ManifoldLinearParams& p, bool torch);
+/// The first of them, or the one that is forced. Where that cannot run the pass, the first that is a kernel's if so is
+/// the forced one.
+CudaPlan cuda_plan(const ManifoldLinearParams& p, CudaPass pass, bool torch);
 
 /// How the gradients are come by, of those that are asked for.
 struct CudaBackwardPlan {

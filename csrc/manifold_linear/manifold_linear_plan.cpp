@@ -156,10 +156,8 @@ Passes explain_cuda(ManifoldLinearParams& p) {
     auto& plans = passes[name];
     for (const auto& [plan, seconds] : cuda_plan_costs(p, pass, true))
       plans.emplace_back(cuda_plan_name(plan), seconds);
-    CudaPlan forced{};
-    if (!forced_cuda_plan(forced)) continue;
-    std::stable_partition(plans.begin(), plans.end(),
-                          [&](const auto& each) { return each.first == cuda_plan_name(forced); });
+    const std::string taken = cuda_plan_name(cuda_plan(p, pass, true));
+    std::stable_partition(plans.begin(), plans.end(), [&](const auto& each) { return each.first == taken; });
   }
   return passes;
 }

@@ -159,7 +159,7 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& basis, const T
   Tensor workspace;
   if (runs_cuda_kernels(input.device())) {
     check_forced_plan(op);
-    const CudaPlan plan = cuda_forward_plan(call.p, true);
+    const CudaPlan plan = cuda_plan(call.p, CudaPass::forward, true);
     if (plan == CudaPlan::gemm || plan == CudaPlan::fold_gemm) {
       const c10::DeviceGuard guard(input.device());
       (plan == CudaPlan::gemm ? gemm_forward : fold_gemm_forward)(op, call.tensors, call.p);
