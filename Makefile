@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja wheel
+BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
 export NEUROMOD_EMULATOR := 1
 
 ifdef SYSTEM_TORCH
@@ -23,6 +23,7 @@ endif
 $(VENV)/.tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "neuromod_ext: expected Python >= 3.10, found " + sys.version.split()[0] + "; set PYTHON")'
 	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@[ -z "$(SYSTEM_TORCH)" ] || $(PY) -m pip --quiet uninstall --yes setuptools 2>/dev/null  # venv's own is too old
 	@[ -z "$(SYSTEM_TORCH)" ] || $(PYTHON) -c 'import site; print(*site.getsitepackages(), sep="\n")' \
 	  > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system.pth  # $(PYTHON) may be a venv's, too
 	@if $(PY) -c 'import torch' 2>/dev/null; then :; \

@@ -18,7 +18,9 @@ from test_gradients import leaves, verify
 from test_opcheck import ALL_FOUR, leaf
 from torch import Tensor
 
+import neuromod_ext as nm
 from neuromod_ext import _ops
+from neuromod_ext.optim import ManifoldSGD
 
 pytestmark = [
     pytest.mark.gpu,
@@ -75,6 +77,39 @@ def test_graph(name: str) -> None:
         for a, b in zip(captured.tensors, eager.tensors, strict=True):
             if a is not None and a.is_floating_point():
                 a.mul_(-0.9375), b.mul_(-0.9375)
+
+
+def test_a_captured_step_takes_the_rate_of_the_day() -> None:
+    """Thirty parameters, two launches; between replays the rate and the gradients change."""
+
+    def parameters() -> list[torch.nn.Parameter]:
+        draw = Draw("captured", torch.float32, "cuda")
+        made = [torch.nn.Parameter(draw.tensor(3, 500 + i)) for i in range(30)]
+        for p in made:
+            p.manifold, p.grad = nm.Ellipse(), draw.tensor(*p.shape)
+        return made
+
+    ours, others = parameters(), parameters()
+    captured = ManifoldSGD(ours, 0.1, momentum=0.9, nesterov=True, capturable=True)
+    eager = ManifoldSGD(others, 0.1, momentum=0.9, nesterov=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(side)
+    eager.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for i in range(20):
+        rate = 0.1 / (1 + i)
+        captured.param_groups[0]["lr"].fill_(rate)
+        eager.param_groups[0]["lr"] = rate
+        for p in (*ours, *others):
+            p.grad.mul_(-0.9375)
+        graph.replay()
+        eager.step()
+        assert not differs(ours, others).item(), i
 
 
 @every_op

@@ -43,7 +43,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 GREETS = "import os; print(os.environ['WORD'])"
 
 
-def test_each_stage_leaves_its_outcome(run) -> None:
+def test_each_stage_leaves_its_outcome(run, capsys) -> None:
     status, found = run(
         {
             "hangs": stage("import time; print('begun', flush=True); time.sleep(60)", limit=2),
@@ -54,6 +54,8 @@ def test_each_stage_leaves_its_outcome(run) -> None:
     )
     assert status == 1
     assert [found[name]["status"] for name in found] == ["timed out", "passed", "failed"]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["fails", "failed", "1", "2"] in [[r[0], r[1], *r[-2:]] for r in rows if len(r) == 5]
     (hung,), (greeted,) = found["hangs"]["commands"], found["greets"]["commands"]
     assert hung["said"] == ["begun"]
     assert found["hangs"]["seconds"] < 20
@@ -62,6 +64,15 @@ def test_each_stage_leaves_its_outcome(run) -> None:
     assert [(each["status"], each["said"]) for each in found["fails"]["commands"]] == [
         *(("failed", ["no"]), ("passed", ["hello"])),
     ]
+
+
+def test_what_a_stage_measured_is_in_the_one_json(run, tmp_path: Path) -> None:
+    """Also of a stage that was cut off."""
+    path = tmp_path / "speed.json"
+    measures = f"open({str(path)!r}, 'w').write('[1]'); import time; time.sleep(60)"
+    _, found = run({"bench": replace(stage(measures, limit=2), results=path)}, seconds=3)
+    assert found["bench"]["status"] == "timed out"
+    assert found["bench"]["results"] == [1]
 
 
 def test_time_that_is_left_goes_to_the_next(run, monkeypatch) -> None:

@@ -44,6 +44,7 @@ class Stage:
         environment: Variables.
         lacking: Why none can run here, if so.
         unsupported: What a command says, in lower case, that cannot do its work here.
+        results: The JSON that it leaves, which the driver's takes in.
     """
 
     commands: Sequence[Sequence[str]]
@@ -51,10 +52,11 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
     lacking: str = ""
     unsupported: str = ""
+    results: Path | None = None
 
 
-def stages(arch: str) -> dict[str, Stage]:
-    """All of them, in order; ``arch`` is the GPU's, as nvcc calls it."""
+def stages(arch: str, card: str = "") -> dict[str, Stage]:
+    """All of them, in order; ``arch`` is the GPU's, as nvcc calls it, ``card`` as files do."""
     python, sanitizer = sys.executable, find_sanitizer()
     pytest = [python, "-m", "pytest", "-rs", "--durations=5"]
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
@@ -71,8 +73,16 @@ def stages(arch: str) -> dict[str, Stage]:
         "tests": Stage(
             [[*pytest, *parallel, "python_tests", "--backend", "cuda", "-m", "not full"]], 80
         ),
-        "bench": Stage([[python, "-m", "benchmarks.gpu.bench"]], 135),
-        "plans": Stage([[python, "-m", "benchmarks.speed.cuda_plan_costs"]], 35),
+        "bench": Stage(
+            [[python, "-m", "benchmarks.gpu.bench"]],
+            135,
+            results=RESULTS / f"speed-cuda-{card}.json",
+        ),
+        "plans": Stage(
+            [[python, "-m", "benchmarks.speed.cuda_plan_costs"]],
+            35,
+            results=RESULTS / f"plans-cuda-{card}.json",
+        ),
         "stress": Stage(
             [[*stress, "huge"], [*stress, slow], [*stress, f"not (huge or {slow})"]], 80
         ),
@@ -211,6 +221,8 @@ def run(chosen: dict[str, Stage], path: Path, seconds: float, again: bool, about
             "code": code(),
             "commands": [*passed, *outcomes],
         }
+        if stage.results is not None and stage.results.exists():
+            record["stages"][name]["results"] = json.loads(stage.results.read_text())
         write(record, path)
         print(f"{name}: {status} after {taken} s", flush=True)
         for each in outcomes:
@@ -219,8 +231,20 @@ def run(chosen: dict[str, Stage], path: Path, seconds: float, again: bool, about
         failed |= status in ("timed out", "failed")
         if failed and name == "build":
             break
+    print(summary(record["stages"], list(chosen)))
     print(path)
     return int(failed)
+
+
+def summary(found: Json, chosen: Sequence[str]) -> str:
+    """The table of the stages: how each ended, when, and how many of its commands passed."""
+    lines = [f"{'stage':10} {'status':10} {'seconds':>8} {'passed':>7}  of"]
+    for name in chosen:
+        stage = found.get(name, {"status": "not run", "seconds": 0, "commands": []})
+        passed = sum(each["status"] == "passed" for each in stage["commands"])
+        counts = f"{stage['seconds']:8.1f} {passed:7}  {len(stage['commands'])}"
+        lines.append(f"{name:10} {stage['status']:10} {counts}")
+    return "\n".join(lines)
 
 
 def passed_before(stage: Json) -> list[Json]:
@@ -265,10 +289,11 @@ def main(args: Sequence[str] | None = None) -> int:
     if wrong:
         parser.error(f"expected stages among {', '.join(names)}, got {', '.join(wrong)}")
     arch, about = gpu()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as an interrupt: it ends what was begun
     named = ("build", *chosen.stage) if chosen.stage else names
-    wanted = {name: stage for name, stage in stages(arch).items() if name in named}
     from benchmarks.speed.harness import card
 
+    wanted = {name: stage for name, stage in stages(arch, card()).items() if name in named}
     path = RESULTS / f"gpu-{card()}.json"
     return run(wanted, path, 60 * chosen.minutes, chosen.fresh, about)
 

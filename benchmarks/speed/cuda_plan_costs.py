@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.speed.harness import Call, Timer, card, timer_for, warm_up
+from benchmarks.speed.results import machine
 from neuromod_ext import _C
 
 Json = dict[str, Any]
@@ -153,14 +154,18 @@ def table(rows: list[Json]) -> Table:
 def main(device: torch.device, ops: Any, path: Path, size: int = LARGE) -> int:
     """Measure all; the JSON holds what was measured so far."""
     timer, console = timer_for(device), Console(width=160)
-    record: Json = {"torch": torch.__version__, "constants": constants(device, timer, size)}
+    record: Json = {"environment": machine(device), "constants": constants(device, timer, size)}
     for name, value in record["constants"].items():
         console.print(f"{name:14} {value:.3g}")
     record["plans"] = rows = []
     for dtype in DTYPES:
         for problem in PROBLEMS:
             rows.extend(measured(ops, problem, dtype, device, timer))
-            path.write_text(json.dumps(record, indent=1) + "\n")
+            part = path.with_suffix(
+                ".part"
+            )  # whoever reads the file, or kills the run, finds it whole
+            part.write_text(json.dumps(record, indent=1) + "\n")
+            os.replace(part, path)
     console.print(table(rows))
     console.print(str(path))
     return 0
