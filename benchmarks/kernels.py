@@ -1,13 +1,15 @@
 """What each CUDA kernel takes of a GPU: ``python -m benchmarks.kernels``, or ``make kernels``.
 
 nvcc compiles every kernel of the library for each architecture and says how many registers, how
-much shared memory and stack each takes, and whether registers are spilled to memory. It needs no
-GPU. A kernel that spills fails, unless it is float64's, where the results matter and not the speed,
-or a plain one that serves as the oracle of faster ones.
+much static shared memory and stack each takes, and whether registers are spilled to memory. It
+needs no GPU. A kernel that spills fails, unless it is float64's, where the results matter and not
+the speed, or a plain one that serves as the oracle of faster ones. The report is kept as
+``benchmarks/results/kernels.json`` and, to be read, ``kernels.md``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -16,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 ARCHITECTURES = ("80", "90a", "100")
 PLAIN = ("manifold_linear.cu",)  # files of such
 FLAGS = ("-std=c++17", "--expt-relaxed-constexpr", "-Wno-deprecated-gpu-targets")
+NUMBERS = ("registers", "shared", "stack", "spilled")
 TYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32", "double": "float64"}
 
 
@@ -122,8 +126,42 @@ def table(found: list[Usage]) -> Table:
     return sheet
 
 
+def markdown(found: list[Usage], about: str) -> str:
+    """The report to be read: one row a kernel, its numbers by architecture where they differ."""
+    kernels: dict[tuple[str, str], list[Usage]] = {}
+    for usage in found:
+        kernels.setdefault((usage.source, usage.kernel), []).append(usage)
+    plain = ", ".join(f"`{name}`" for name in PLAIN)
+    lines = [
+        "# What each CUDA kernel takes of a GPU",
+        "",
+        f"{about}, for {', '.join(f'sm_{arch}' for arch in ARCHITECTURES)}, in this order where",
+        "they differ. Shared memory is the static part alone; with the dynamic part no kernel has",
+        "more than 99 KiB, which each launch asserts. Kernels of float64 and the plain ones of",
+        f"{plain}, oracles of the others, may spill. By `make kernels`.",
+        "",
+        "| source | kernel | registers | shared bytes | stack bytes | spilled bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (source, kernel), rows in kernels.items():
+        columns = [[getattr(row, name) for row in rows] for name in NUMBERS]
+        shown = [str(c[0]) if len(set(c)) == 1 else " / ".join(map(str, c)) for c in columns]
+        lines.append(f"| {source} | `{kernel}` | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(found: list[Usage], nvcc: str, folder: Path) -> None:
+    """Keep the report."""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\S+),", version)
+    about = f"nvcc {release[1] if release else 'of unknown release'}"
+    record = {"compiler": about, "kernels": [asdict(usage) for usage in found]}
+    (folder / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "kernels.md").write_text(markdown(found, about))
+
+
 def main() -> int:
-    """Compile, print the table; 1 if a kernel spills that should not."""
+    """Compile, print the table and keep it; 1 if a kernel spills that should not."""
     nvcc = runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]()
     if nvcc is None:
         print(
@@ -145,6 +183,7 @@ def main() -> int:
     found.sort(key=lambda usage: (usage.kernel, ARCHITECTURES.index(usage.arch)))
     width = max(len(usage.kernel) for usage in found) + 60
     Console(width=max(Console().width, width)).print(table(found))
+    write(found, nvcc, RESULTS)
     failing = [f"{usage.kernel} (sm_{usage.arch})" for usage in found if usage.fails]
     if failing:
         print(f"neuromod_ext: registers are spilled by {', '.join(failing)}", file=sys.stderr)

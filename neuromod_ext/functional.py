@@ -45,12 +45,13 @@ def manifold_linear(
 
     .. math:: y_{b} = \sum_k c_{bk} (P_k x_b + \beta_k)
 
-    No per-sample weight is ever stored. Dimensions of ``input`` between the first and the last
+    The weights of a batch are never stored (on CUDA those of a few samples may be, 32 MiB of them
+    or one, and 128 MiB of products). Dimensions of ``input`` between the first and the last
     (tokens) share their sample's condition. One condition for the whole batch is folded into one
     weight, and then costs what ``torch.nn.functional.linear`` costs.
 
-    On the CPU the order of the sums depends on the shapes: many tokens a sample have its weight
-    blended, rounded to the dtype, first. A NaN or an infinity among the operands makes every
+    The order of the sums depends on the shapes: many tokens a sample have its weight blended,
+    rounded to the dtype, first. A NaN or an infinity among the operands makes every
     result it enters NaN or infinite in any order; which of the two may differ.
 
     Args:

@@ -1,5 +1,6 @@
 """``make kernels``: what ptxas says becomes a table, and a spill a failure."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,16 @@ ptxas info    : Used 8 registers, used 0 barriers
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch):
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(kernels, "RESULTS", tmp_path)
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.1'\n")
+    nvcc.chmod(0o755)
+
     def set_output(**spills: int) -> None:
         monkeypatch.setattr(kernels, "sources", lambda: [Path("kernels.cu")])
         monkeypatch.setattr(kernels, "resources", lambda nvcc, source: SAID.format(**spills))
-        found = {"find_nvcc": lambda: "/cuda/bin/nvcc"}
+        found = {"find_nvcc": lambda: str(nvcc)}
         monkeypatch.setattr(kernels.runpy, "run_path", lambda path: found)
 
     return set_output
@@ -44,6 +50,26 @@ def test_the_table(compiled, capsys: pytest.CaptureFixture[str]) -> None:
     assert ["g<float64>", "sm_80", "80", "0", "0", "12"] in rows
     assert ["h", "sm_100", "8", "0", "0", "0"] in rows
     assert "3 kernels; 1 spill registers" in shown
+    record = json.loads((kernels.RESULTS / "kernels.json").read_text())
+    assert record["compiler"] == "nvcc 13.0"
+    assert [row["kernel"] for row in record["kernels"]] == ["f<float32, 4>", "g<float64>", "h"]
+    assert "| kernels.cu | `h` | 8 | 0 | 0 | 0 |" in (kernels.RESULTS / "kernels.md").read_text()
+
+
+def test_what_differs_between_architectures_is_shown_for_each() -> None:
+    one = kernels.Usage("a.cu", "f", "80", 40, 16, 0, 0)
+    text = kernels.markdown([one, kernels.replace(one, arch="90a", registers=42)], "nvcc 1")
+    assert "| a.cu | `f` | 40 / 42 | 16 | 0 | 0 |" in text
+
+
+def test_no_main_kernel_of_the_committed_report_spills() -> None:
+    record = json.loads((kernels.ROOT / "benchmarks" / "results" / "kernels.json").read_text())
+    found = [kernels.Usage(**row) for row in record["kernels"]]
+    assert {usage.arch for usage in found} == set(kernels.ARCHITECTURES)
+    assert {"manifold_linear_fold.cu", "manifold_step.cu"} <= {usage.source for usage in found}
+    assert not [usage for usage in found if usage.fails]
+    report = (kernels.ROOT / "benchmarks" / "results" / "kernels.md").read_text()
+    assert report == kernels.markdown(found, record["compiler"])
 
 
 @pytest.mark.parametrize("spills", [(4, 0), (0, 4)])

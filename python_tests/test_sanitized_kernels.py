@@ -1,9 +1,10 @@
 """The CUDA kernels on the emulator, built with AddressSanitizer and UBSan, host functions included.
 
 An access beyond a tensor or beyond shared memory, an overflow or a misaligned vector ends the
-program. ``python_tests/test_sanitized_kernels.py`` alone takes some ten minutes on two cores.
+program.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -69,12 +70,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "NEUROMOD_SANITIZE": "ON",
     }
     definitions = [f"-D{name}={value}" for name, value in options.items()]
-    for command in (
-        ["cmake", "-S", ROOT, "-B", BUILD, *definitions],
-        ["cmake", "--build", BUILD, "--target", "neuromod_emulated", "--parallel", 2],
-    ):
-        built = run(command)
-        assert built.returncode == 0, built.stdout + built.stderr
+    paths = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    cmake = shutil.which("cmake", path=os.pathsep.join(paths))
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:  # of several pytest processes one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            [cmake, "-S", ROOT, "-B", BUILD, *definitions],
+            [cmake, "--build", BUILD, "--target", "neuromod_emulated", "--parallel", 2],
+        ):
+            built = run(command)
+            assert built.returncode == 0, built.stdout + built.stderr
     found = [run([COMPILER, f"-print-file-name={name}.so"]) for name in ("libasan", "libstdc++")]
     return {  # libstdc++ too, since ASan looks for its exceptions before Python has loaded it
         "LD_PRELOAD": " ".join(each.stdout.strip() for each in found),

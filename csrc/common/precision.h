@@ -1,4 +1,4 @@
-// How exact torch's user wants products to be.
+// What torch's user wants products to be.
 #pragma once
 
 #include <ATen/Context.h>
@@ -14,6 +14,16 @@ inline bool tf32_allowed() {
          at::Float32Precision::TF32;
 #else
   return at::globalContext().allowTF32CuBLAS();
+#endif
+}
+
+/// Whether torch's products may be taken. Those of cuBLAS refuse to run where its user asks for deterministic algorithms;
+/// those for the CPU, which stand in for them in the emulated library, are.
+inline bool torch_products_allowed() {
+#if defined(NEUROMOD_EMULATED)
+  return true;
+#else
+  return !at::globalContext().deterministicAlgorithms();
 #endif
 }
 

@@ -1,9 +1,9 @@
 // How a warp multiplies parts of two tiles in shared memory, and how tiles lie there. Used by common/product_tile.h.
 //
-// Every Math has its Element, the type Acc of its sums, a depth kStep, and add(at, left, right, m, n, d, factors): at
-// += A (factors B) for the rows from m on, the columns from n on, and kStep of the depth from d on. For all of them a
-// thread's sums are those of mma.sync's result fragments, 16 x 8 each: at[i][j][2 h + e] is row 16 i + 8 h + g, column
-// 8 j + 2 t + e of the warp's part, for lane 4 g + t.
+// Every Math has its Element, the type Acc of its sums, a depth kStep, how many steps are unrolled, and add(at, left,
+// right, m, n, d, factors): at += A (factors B) for the rows from m on, the columns from n on, and kStep of the depth from
+// d on. For all of them a thread's sums are those of mma.sync's result fragments, 16 x 8 each: at[i][j][2 h + e] is row
+// 16 i + 8 h + g, column 8 j + 2 t + e of the warp's part, for lane 4 g + t.
 #pragma once
 
 #include <cstring>
@@ -96,7 +96,7 @@ template <class T>
 struct HalfMath {
   using Element = T;
   using Acc = float;
-  static constexpr int kStep = 16;
+  static constexpr int kStep = 16, kStepsAtOnce = 2;
 
   template <bool LeftAlong, bool RightAlong, class Shape, int Rows, int Cols, class Factors>
   static __device__ __forceinline__ void add(float (&at)[Rows][Cols][4], const T* left, const T* right, int m, int n,
@@ -153,7 +153,7 @@ struct HalfMath {
 struct Tf32Math {
   using Element = float;
   using Acc = float;
-  static constexpr int kStep = 8;
+  static constexpr int kStep = 8, kStepsAtOnce = 2;
 
   template <bool LeftAlong, bool RightAlong, class Shape, int Rows, int Cols, class Factors>
   static __device__ __forceinline__ void add(float (&at)[Rows][Cols][4], const float* left, const float* right, int m,
@@ -204,13 +204,13 @@ struct Tf32Math {
   }
 };
 
-/// float and double by multiply-adds: each thread takes its rows and columns, two deep at a time, which its registers
-/// just hold.
+/// float and double by multiply-adds: each thread takes its rows and columns, two deep at a time, of which its registers
+/// just hold four.
 template <class T>
 struct PlainMath {
   using Element = T;
   using Acc = T;
-  static constexpr int kStep = 2;
+  static constexpr int kStep = 2, kStepsAtOnce = 4;
 
   template <bool LeftAlong, bool RightAlong, class Shape, int Rows, int Cols, class Factors>
   static __device__ __forceinline__ void add(T (&at)[Rows][Cols][4], const T* left, const T* right, int m, int n, int d,

@@ -41,14 +41,13 @@ __global__ void __launch_bounds__(kThreads)
   if (!at.there) return;
   const int64_t row = q.first_row + at.row, b = quotient(row, p.tokens), count = p.out_features - at.col;
   Acc sum[Pack<T>::size] = {};
-#pragma unroll 4
+#pragma unroll 2
   for (int64_t k = 0; k < p.num_basis; ++k) {
     const Acc c = *p.coeff.at<Acc>(b, k);
     const Pack<T> product = load_pack<Whole>(q.products.at<const T>(at.row, k * p.out_features + at.col), count);
-    for (int v = 0; v < Pack<T>::size; ++v) {
-      const Acc bias = p.bias && v < count ? to_acc<Acc>(*p.bias.at<T>(k, at.col + v)) : Acc(0);
-      sum[v] += c * (to_acc<Acc>(product.at[v]) + bias);
-    }
+    const Pack<T> bias = load_pack<Whole>(p.bias.at<const T>(k, at.col), p.bias ? count : 0);
+#pragma unroll
+    for (int v = 0; v < Pack<T>::size; ++v) sum[v] += c * (to_acc<Acc>(product.at[v]) + to_acc<Acc>(bias.at[v]));
   }
   store_pack<Whole>(p.output.at<T>(row, at.col), sum, count);
 }
@@ -65,6 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t k = 0; k < q.num_basis; ++k) {
     const Acc c = *p.coeff.at<Acc>(b, q.first_basis + k);
     Acc scaled[Pack<T>::size];
+#pragma unroll
     for (int v = 0; v < Pack<T>::size; ++v) scaled[v] = c * to_acc<Acc>(g.at[v]);
     store_pack<Whole>(q.products.at<T>(at.row, k * p.out_features + at.col), scaled, count);
   }
@@ -77,7 +77,8 @@ int launch(const ManifoldLinearGemmParams& q, F&& f) {
     using T = typename decltype(tag)::type;
     const int64_t size = Pack<T>::size, O = q.p.out_features;
     const dim3 grid(static_cast<unsigned>(ceil_div(q.rows * ceil_div(O, size), kThreads)));
-    const bool whole = O % size == 0 && rows_aligned<T>(q.p.output, q.p.rows()) && rows_aligned<T>(q.products, q.rows);
+    const bool whole = O % size == 0 && rows_aligned<T>(q.p.output, q.p.rows()) &&
+                       rows_aligned<T>(q.products, q.rows) && rows_aligned<T>(q.p.bias, q.p.num_basis);
     whole ? f(tag, std::true_type{}, grid) : f(tag, std::false_type{}, grid);
   });
   return launch_status();

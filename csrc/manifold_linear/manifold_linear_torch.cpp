@@ -159,7 +159,7 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& basis, const T
   Tensor workspace;
   if (runs_cuda_kernels(input.device())) {
     check_forced_plan(op);
-    const CudaPlan plan = cuda_plan(call.p, CudaPass::forward, true);
+    const CudaPlan plan = cuda_plan(call.p, CudaPass::forward, torch_products_allowed());
     if (plan == CudaPlan::gemm || plan == CudaPlan::fold_gemm) {
       const c10::DeviceGuard guard(input.device());
       (plan == CudaPlan::gemm ? gemm_forward : fold_gemm_forward)(op, call.tensors, call.p);
@@ -187,7 +187,7 @@ struct Gradients {
 
 /// Computes those gradients for which a plan with torch's products was chosen, and takes them from q.
 void by_torch(const char* op, const Call& call, const Gradients& results, ManifoldLinearBackwardParams& q) {
-  const CudaBackwardPlan plan = cuda_backward_plan(q, true);
+  const CudaBackwardPlan plan = cuda_backward_plan(q, torch_products_allowed());
   const c10::DeviceGuard guard(call.tensors.output.device());
   if (q.grad_input && (plan.rows == CudaPlan::gemm || plan.rows == CudaPlan::fold_gemm)) {
     const auto product = plan.rows == CudaPlan::gemm ? gemm_grad_input : fold_gemm_grad_input;
