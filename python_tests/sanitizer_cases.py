@@ -20,6 +20,7 @@ from neuromod_ext import _ops
 
 FORCED = "NEUROMOD_CUDA_PLAN"
 
+
 def main(backend: str, cases: int, names: Sequence[str] = _ops.NAMES) -> int:
     """The number of calls made."""
     torch.set_num_threads(1)

@@ -21,8 +21,7 @@ from neuromod_ext import _ops, reference
 from neuromod_ext.optim import EmpiricalMetric, ManifoldSGD
 
 F64 = torch.float64
-WITH_KERNELS = [e for e in ALL if "onv" not in e.id or "manifold_conv" not in _ops.CPU_ONLY]
-every = pytest.mark.parametrize("entry", WITH_KERNELS, ids=[entry.id for entry in WITH_KERNELS])
+every = pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
 
 
 @pytest.fixture
@@ -35,8 +34,7 @@ def called(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[s
         return lambda *args, **kwargs: (names.append(name), op(*args, **kwargs))[1]
 
     for name in _ops.NAMES:
-        if name not in _ops.CPU_ONLY:
-            monkeypatch.setitem(_ops.OPS, name, counted(name))
+        monkeypatch.setitem(_ops.OPS, name, counted(name))
     yield names
     assert names
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from sanitizer_cases import NAMES
+
+from neuromod_ext import _ops
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC, BUILD = ROOT / "csrc", ROOT / "build" / "sanitized"
@@ -89,7 +90,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", _ops.NAMES)
 def test_every_op(name: str, library: dict[str, str]) -> None:
     script = ROOT / "python_tests" / "sanitizer_cases.py"
     done = run([sys.executable, script, "emulated", CASES, name], **library)
