@@ -17,8 +17,8 @@ inline bool tf32_allowed() {
 #endif
 }
 
-/// Whether torch's products may be taken. Those of cuBLAS refuse to run where its user asks for deterministic algorithms;
-/// those for the CPU, which stand in for them in the emulated library, are.
+/// Whether torch's products may be taken. Those of cuBLAS refuse to run where its user asks for deterministic
+/// algorithms; those for the CPU, which stand in for them in the emulated library, are.
 inline bool torch_products_allowed() {
 #if defined(NEUROMOD_EMULATED)
   return true;
