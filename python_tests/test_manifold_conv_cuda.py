@@ -140,3 +140,11 @@ def test_no_more_than_the_pixels_of_a_result_are_written(emulated: Backend) -> N
     grad = OPS[BACKWARD].run(emulated.op(BACKWARD), call)[0]
     assert (grad[:, :, ::2, ::2] != 0).all()
     assert not grad[:, :, 1::2].any() and not grad[:, :, :, 1::2].any()
+
+
+def test_more_pixels_than_an_int_counts_are_refused(emulated: Backend) -> None:
+    x = torch.zeros(1).expand(1, 1, 2**15, 2**15 - 2)
+    P, c, one, border = torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1), [1, 1], [0, 1]
+    words = r"input of fewer than 2\^30 pixels with their padding on CUDA, got \[32768, 32768\]"
+    with pytest.raises(ValueError, match=f"manifold_conv: expected {words}"):
+        emulated.op(FORWARD)(x, P, c, None, one, border, one, 1)

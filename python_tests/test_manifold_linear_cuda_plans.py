@@ -27,6 +27,7 @@ HALF = (torch.bfloat16, torch.float16)
 NARROW = (*HALF, torch.float32)
 CUDA_PLANS = ("simt", "small", "large", "fold", "gemm", "fold_gemm")
 BACKWARD = ("manifold_linear_backward", "gxPcb")
+BACKWARD_LOCAL = ("manifold_linear_local_backward", "gxPicb")
 RAGGED = [  # B, tokens, K, O, I: beside the edges of slices (32) and tiles (64, 128, 256)
     (130, (), 2, 129, 40),
     (3, (66,), 3, 72, 136),
@@ -94,6 +95,32 @@ def test_ragged(sizes: tuple[Any, ...], forced: str, emulated: Backend) -> None:
     ):
         draw = Draw(f"ragged/{sizes}/{name}", NARROW[i])
         verify(name, emulated, full_call(draw, roles, sizes), draw)
+
+
+INDICES = {
+    "scattered": lambda b: 7 * b * b % 23 - 11,
+    "in order": lambda b: b * 11 // 150,
+    "descending": lambda b: -b // 9,
+    "one": lambda b: 10,
+    "two": lambda b: 3 * (b % 2),
+    "far": lambda b: (-(2**63), 2**63 - 1, 2**40 + 3)[b % 3],
+}
+
+
+SORTED = [("small", 2, name) for name in INDICES]
+SORTED += [("small", 10, "scattered"), ("large", 4, "scattered"), ("large", 2, "two")]
+
+
+@pytest.mark.parametrize(("plan", "L", "name"), SORTED)
+def test_segments(name: str, forced: str, L: int, emulated: Backend) -> None:
+    """Samples are sorted by index: any index, tiles of one segment and of all, tokens or not."""
+    for tokens in ((), (3,)):
+        draw = Draw(f"segments/{L}/{tokens}", torch.bfloat16)
+        call = linear_call(draw, BACKWARD_LOCAL[1], 150, tokens, 11, 20, 70, bias=True, L=L)
+        call.others["needed"] = [True] * 4
+        call.tensors[3] = torch.tensor([INDICES[name](b) for b in range(150)])
+        verify(BACKWARD_LOCAL[0], emulated, call, draw)
+        verify("manifold_linear_local", emulated, Call(call.tensors[1:]), draw)
 
 
 @narrow

@@ -78,7 +78,8 @@ def test_positions(
     name: str, dtype: torch.dtype, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEUROMOD_CUDA_PLAN", "small")  # or SIMT: in the order of expand
-    verify(name, dtype, backend, backend.cases(24))
+    few = backend.cases(24) if "conv" not in name else 24  # whose operands are often empty
+    verify(name, dtype, backend, few)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)

@@ -3,13 +3,11 @@
 // run(op, device, NEUROMOD_KERNEL(stem), params).
 #pragma once
 
-#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -83,17 +81,6 @@ inline bool runs_cuda_kernels([[maybe_unused]] c10::Device device) {
   return true;
 #else
   return !device.is_cpu();
-#endif
-}
-
-/// Whether torch lets float32 products on CUDA round their operands to tf32, as its user has said in either way it
-/// knows.
-inline bool tf32_allowed() {
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
-  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-         at::Float32Precision::TF32;
-#else
-  return at::globalContext().allowTF32CuBLAS();
 #endif
 }
 

@@ -31,11 +31,6 @@ inline bool rows_are_aligned(const View& v, int dimensions, int64_t element_byte
   return aligned;
 }
 
-/// Keeps every row of a tile.
-struct KeepAll {
-  __device__ __forceinline__ bool operator()(int) const { return true; }
-};
-
 /// An operand as a block reads it, tile by tile down the depth: which chunks of each tile this thread copies, and from
 /// where. What does not depend on the tile is worked out once, since a copy's address costs more than the copy. Tiles
 /// are [Rows, Cols] in memory's order, Along as above: of an `Along` tile the columns run down the depth, else the
@@ -54,21 +49,20 @@ class TileSource {
         step_(stride * kStep) {}
 
   /// Starts to fill a tile from `offset` elements beyond data, where `depth` is left of the matrix; zeros where it has
-  /// no element or `keep(row)` is false. By cp.async where rows are aligned, else element by element. The caller
-  /// commits, waits and passes a barrier in either case.
-  template <class Keep = KeepAll>
-  __device__ __forceinline__ void fetch(T* tile, int64_t offset, int64_t depth, Keep keep = {}) const {
+  /// no element. By cp.async where rows are aligned, else element by element. The caller commits, waits and passes a
+  /// barrier in either case.
+  __device__ __forceinline__ void fetch(T* tile, int64_t offset, int64_t depth) const {
     const int left = limited(depth, Along ? Cols : Rows), in_row = Along ? limited(left - col_, kChunk<T>) : extent_;
     const T* from = first_ + offset;
     T* to = tile + swizzled<Cols, T>(row_, col_);
     if (aligned_) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
-        copy_async<16>(to + i * kStep * Cols, from + i * step_, has_row(i, left, keep) ? in_row * kBytes : 0);
+        copy_async<16>(to + i * kStep * Cols, from + i * step_, has_row(i, left) ? in_row * kBytes : 0);
     } else {
 #pragma unroll 1
       for (int i = 0; i < kCount; ++i, from += step_, to += kStep * Cols)
-        for (int j = 0; j < kChunk<T>; ++j) to[j] = has_row(i, left, keep) && j < in_row ? from[j] : from_acc<T>(0.0f);
+        for (int j = 0; j < kChunk<T>; ++j) to[j] = has_row(i, left) && j < in_row ? from[j] : from_acc<T>(0.0f);
     }
   }
 
@@ -81,11 +75,7 @@ class TileSource {
   static __device__ __forceinline__ int limited(int64_t n, int most) {
     return n < 0 ? 0 : n < most ? static_cast<int>(n) : most;
   }
-  template <class Keep>
-  __device__ __forceinline__ bool has_row(int i, int left, Keep keep) const {
-    const int row = row_ + i * kStep;
-    return Along ? row < extent_ : row < left && keep(row);
-  }
+  __device__ __forceinline__ bool has_row(int i, int left) const { return row_ + i * kStep < (Along ? extent_ : left); }
 
   int row_, col_;  // in a tile, of the first chunk
   int extent_;     // Along: rows of the tile that are there; else elements of this thread's chunks

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/host.h"
+#include "common/precision.h"
 #include "manifold_conv/manifold_conv.h"
 #include "manifold_conv/manifold_conv_cuda.h"
 
@@ -89,6 +90,13 @@ ManifoldConvParams conv_params(const char* op, const Tensor& input, const Tensor
                       shape_string(basis.sizes().slice(3)));
     TORCH_CHECK_VALUE(spans[i] <= padded[i], op, ": expected basis with a kernel within the padded input ",
                       shape_string(padded), ", got one that spans ", shape_string(spans));
+  }
+  if (runs_cuda_kernels(input.device())) {  // which count pixels by int
+    int64_t around = 1;
+    for (const int64_t size : padded) around = size < (int64_t(1) << 30) / around ? around * size : int64_t(1) << 30;
+    TORCH_CHECK_VALUE(around < int64_t(1) << 30, op,
+                      ": expected input of fewer than 2^30 pixels with their padding on CUDA, got ",
+                      shape_string(padded));
   }
   for (int64_t d = 0; d < 3; ++d) {
     const int64_t span = p.dilation[d] * (p.kernel[d] - 1) + 1;

@@ -8,6 +8,7 @@
 #include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "manifold_linear/manifold_linear.h"
+#include "manifold_linear/manifold_linear_segments.h"
 #include "manifold_linear/manifold_linear_tiles.h"
 
 namespace neuromod {
@@ -225,6 +226,7 @@ int launch_mix(const ManifoldLinearParams& p, View rows, View weight, View out, 
 }  // namespace
 
 int launch_manifold_linear_forward(const ManifoldLinearParams& p, stream_t stream) {
+  if (const int status = p.order ? launch_segments(p, stream) : 0) return status;
   const CudaPlan plan = cuda_plan(p, CudaPass::forward, false);
   if (plan == CudaPlan::fold) return launch_forward_fold(p, stream);
   if (plan != CudaPlan::simt) return launch_forward_tiles(p, plan, stream);
@@ -277,7 +279,8 @@ int launch_grad_basis(const ManifoldLinearBackwardParams& q, const CudaBackwardP
 int launch_manifold_linear_backward(const ManifoldLinearBackwardParams& q, stream_t stream) {
   const CudaBackwardPlan plan = cuda_backward_plan(q, false);
   const bool dots_with_rows = q.grad_coeff && plan.dots_with_rows, dots_with_basis = q.grad_coeff && !dots_with_rows;
-  int status = 0;
+  int status = q.p.order ? launch_segments(q.p, stream) : 0;
+  if (status != 0) return status;
   if (q.grad_input || dots_with_rows) status = launch_grad_rows(q, plan, stream);
   if (status == 0 && (q.grad_basis || dots_with_basis)) status = launch_grad_basis(q, plan, stream);
   if (status == 0 && q.grad_bias) status = launch_grad_bias(q, stream);

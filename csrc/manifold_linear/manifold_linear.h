@@ -26,6 +26,7 @@ struct ManifoldLinearParams {
   View bias;             // beta  [K, O], unit stride in a row, or null
   bool tf32;             // CUDA, float32: products may round their operands to tf32
   void* workspace;       // CUDA only: as much as manifold_linear_cuda_plan.h says
+  int64_t* order;        // CUDA only: room for manifold_linear_segments.h to sort the samples by index, or null
 
   NEUROMOD_HOST_DEVICE int64_t rows() const { return batch * tokens; }
   /// The basis point of a sample's first coefficient.

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "manifold_linear/manifold_linear_segments.h"
+
 namespace neuromod {
 namespace {
 
@@ -50,9 +52,9 @@ CudaProduct tiled(CudaPlan plan, int64_t rows, int64_t cols, int64_t steps, int6
   return product;
 }
 
-/// y or dx (and dc): each basis point's product over the whole depth, one after another.
+/// y or dx (and dc): the product of each basis point that a tile meets over the whole depth, one after another.
 int64_t mix_steps(const ManifoldLinearParams& p, int64_t depth) {
-  return p.num_basis * ceil_div(depth, slice_depth(p.dtype));
+  return cuda_basis_met(p) * ceil_div(depth, slice_depth(p.dtype));
 }
 
 /// The product of one pass in tiles: its result is `batches` matrices of rows x cols, from `steps` slices.
@@ -67,8 +69,10 @@ Shape shape(const ManifoldLinearParams& p, CudaPass pass) {
     case CudaPass::rows_and_dots:
       return {p.rows(), p.in_features, mix_steps(p, p.out_features), 1};
     default:
-      return {p.out_features, p.in_features, ceil_div(p.rows(), slice_depth(p.dtype)), p.num_basis};
+      break;
   }
+  const int64_t rows = cuda_basis_met(p) < p.num_basis ? ceil_div(p.rows() * p.num_local, p.num_basis) : p.rows();
+  return {p.out_features, p.in_features, ceil_div(rows, slice_depth(p.dtype)), p.num_basis};
 }
 CudaProduct tiled(const ManifoldLinearParams& p, CudaPass pass, CudaPlan plan) {
   const Shape s = shape(p, pass);

@@ -14,6 +14,7 @@
 
 #include "emulator/emulator.h"
 #include "manifold_linear/manifold_linear_cuda_plan.h"
+#include "manifold_linear/manifold_linear_segments.h"
 
 namespace neuromod {
 namespace {
@@ -192,6 +193,8 @@ void run(const Problem& q, Random& random) {
     emulator::set_lane_order(random() % 2 ? emulator::LaneOrder::forward : emulator::LaneOrder::reversed);
     for (int64_t row = 0; q.accumulate && row < K * O; ++row)
       for (int64_t i = 0; i < I; ++i) dP.set(row, i, start.at(row, i));
+    std::vector<int64_t> order(cuda_sorts(p) ? cuda_order_elements(p) : 0);
+    p.order = order.empty() ? nullptr : order.data();
     p.output = y.view();
     Matrix forward(DType::bfloat16, 1, cuda_forward_workspace(p) / 2);
     p.workspace = forward.view().data;

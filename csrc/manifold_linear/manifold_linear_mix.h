@@ -8,12 +8,13 @@
 // outside, the depth inside, kStages - 1 slices on their way by cp.async. The product of one k stays in its own
 // accumulators and is added with the row's float32 c when k ends, so c meets no rounded operand, and P_k need not act
 // on a row at all. Where a share ends within a k, what there is of the product is added; whoever begins a k adds its
-// bias.
+// bias. Rows may be taken in order of their index, and of k those only that act on a tile's rows
+// (manifold_linear_segments.h).
 //
 // Reads left and P once a tile (L2 serves the repeats), c, beta and x once a k (x from L1 after the first). Writes out
 // once, rounded once, or with splits partial sums [splits, B T, partial_cols(n)] for manifold_linear_sum_splits; dots
-// [tiles across, splits, B T, L] once, for those splits that a k meets. No atomics: the order of sums follows from
-// shapes alone.
+// [tiles across, splits, B T, L] once. No atomics: the order of sums follows from shapes alone and, where rows are
+// taken in order of their index, from the index.
 //
 // Cost: 2 B T K depth n flop; B T depth + K depth n + B T n elements at least, where left is re-read for each k from
 // L2. Error: depth + K + splits roundings of float32 on a path, and that of the result; with tf32, of both operands.
@@ -24,9 +25,10 @@
 // TB/s.
 #pragma once
 
-#include "common/product_tile.h"
+#include "common/gathered_tile.h"
 #include "manifold_linear/manifold_linear.h"
 #include "manifold_linear/manifold_linear_cuda_plan.h"
+#include "manifold_linear/manifold_linear_segments.h"
 #include "manifold_linear/manifold_linear_splits.h"
 
 namespace neuromod {
@@ -42,7 +44,7 @@ struct MixParams {
   bool left_aligned, basis_aligned, input_aligned;
 };
 
-/// Which slice a block works on.
+/// Which slice a block works on, of which of the tile's basis points.
 struct SliceCursor {
   int64_t k, slice;
   __device__ __forceinline__ void advance(int64_t slices) {
@@ -61,6 +63,7 @@ template <class Shape>
 struct MixSides {
   float coeff[2][Shape::kM];
   bool acts[2][Shape::kM];
+  int64_t rows[Shape::kM];  // in memory; -1 for none
   float bias[2][Shape::kN];
   float dots[2][Shape::kWarpsN][Shape::kM];
 };
@@ -78,16 +81,20 @@ class Mixer {
         right_(shared + Shape::kStages * Shape::kLeft),
         slices_(ceil_div(q.depth, Shape::kDepth)),
         tile_(TileIndex::of(blockIdx.x, q.product.tiles_down, q.product.tiles_across)),
-        row_(tile_.down * Shape::kM),
+        position_(tile_.down * Shape::kM),
         col_(tile_.across * Shape::kN),
-        left_source_(q.left.at<T>(row_), q.left.stride[0], q.p.rows() - row_, q.left_aligned),
+        left_source_(q.left.at<T>(0), q.left.stride[0], q.left_aligned, [&](int i) { return row_at(i); }),
         right_source_(Backward ? q.p.basis.at<T>(0, 0, col_) : q.p.basis.at<T>(0, col_), q.p.basis.stride[1],
                       q.cols - col_, q.basis_aligned) {
-    const int64_t total = q.p.num_basis * slices_, split = blockIdx.y, splits = gridDim.y;
+    const int64_t end = position_ + Shape::kM;
+    basis_ = acting_basis(q.p, position_, (end < q.p.rows() ? end : q.p.rows()) - 1);
+    const int64_t total = basis_.count * slices_, split = blockIdx.y, splits = gridDim.y;
     begin_ = total * split / splits;
     end_ = total * (split + 1) / splits;
-    sample_ = has_row() ? my_row() / q.p.tokens : 0;
+    my_row_ = threadIdx.x < Shape::kM ? row_at(threadIdx.x) : -1;
+    sample_ = has_row() ? my_row_ / q.p.tokens : 0;
     first_basis_ = q.p.first_basis(sample_);
+    if (threadIdx.x < Shape::kM) sides.rows[threadIdx.x] = my_row_;
   }
 
   __device__ __forceinline__ void run() {
@@ -95,6 +102,8 @@ class Mixer {
     ahead_ = at;
     for (int stage = 0; stage < Shape::kStages - 1; ++stage) fetch(begin_ + stage, stage);
     prepare(at.k);
+    if (Backward && q_.dots) clear_dots();
+    if (begin_ == end_) __syncthreads();  // the rows, which a slice's barrier brings otherwise
     ProductSums<Shape> product, sum;
     product.clear();
     sum.clear();
@@ -106,7 +115,7 @@ class Mixer {
       fetch(step + Shape::kStages - 1, stage == 0 ? Shape::kStages - 1 : stage - 1);
       if (step == begin_ || at.slice == 0) {
         if (Backward && q_.dots && step != begin_) flush_dots(at.k - 1);
-        if (at.k + 1 < q_.p.num_basis) prepare(at.k + 1);
+        prepare(at.k + 1);
       }
       product.template add<true, !Backward>(left_ + stage * Shape::kLeft, right_ + stage * Shape::kRight, NoFactors{});
       if (at.slice + 1 == slices_ || step + 1 == end_) {
@@ -116,7 +125,7 @@ class Mixer {
       at.advance(slices_);
       stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
     }
-    if (Backward && q_.dots) {
+    if (Backward && q_.dots && begin_ < end_) {
       __syncthreads();
       flush_dots((end_ - 1) / slices_);
     }
@@ -124,9 +133,13 @@ class Mixer {
   }
 
  private:
-  /// The row, and the column, whose sides this thread looks after: rows first, then columns.
-  __device__ __forceinline__ int64_t my_row() const { return row_ + threadIdx.x; }
-  __device__ __forceinline__ bool has_row() const { return threadIdx.x < Shape::kM && my_row() < q_.p.rows(); }
+  __device__ __forceinline__ bool has_row() const { return my_row_ >= 0; }
+  /// The row in memory of a row of the tile; -1 for none.
+  __device__ __forceinline__ int64_t row_at(int i) const {
+    return position_ + i < q_.p.rows() ? ordered_row(q_.p, position_ + i) : -1;
+  }
+  /// The i-th basis point that the tile meets.
+  __device__ __forceinline__ int64_t basis_point(int64_t i) const { return basis_.at(i, q_.p.num_basis); }
 
   /// Starts the copies of a slice, if the block has as many; a group in any case, so that waits can count groups.
   __device__ __forceinline__ void fetch(int64_t step, int stage) {
@@ -134,25 +147,27 @@ class Mixer {
       const int64_t d = ahead_.slice * Shape::kDepth, depth = q_.depth - d;
       const int64_t down = Backward ? d * q_.p.basis.stride[1] : d;
       left_source_.fetch(left_ + stage * Shape::kLeft, d, depth);
-      right_source_.fetch(right_ + stage * Shape::kRight, ahead_.k * q_.p.basis.stride[0] + down, depth);
+      right_source_.fetch(right_ + stage * Shape::kRight, basis_point(ahead_.k) * q_.p.basis.stride[0] + down, depth);
       ahead_.advance(slices_);
     }
     copy_async_commit();
   }
 
-  /// Basis point k's coefficients of the tile's rows, and bias of its columns if this block begins k.
+  /// The k-th basis point's coefficients of the tile's rows, and bias of its columns if this block begins it; if there
+  /// is one.
   __device__ __forceinline__ void prepare(int64_t k) {
+    if (k >= basis_.count) return;
     const ManifoldLinearParams& p = q_.p;
-    const int i = threadIdx.x;
+    const int i = threadIdx.x;  // the row, then the column, that this thread looks after
     if (i < Shape::kM) {
-      const int64_t l = p.entry_from(first_basis_, k);
+      const int64_t l = p.entry_from(first_basis_, basis_point(k));
       const bool acts = has_row() && l < p.num_local;
       sides_.acts[k % 2][i] = acts;
       sides_.coeff[k % 2][i] = acts && q_.out ? *p.coeff.template at<float>(sample_, l) : 0.0f;  // dots need none
     } else if (!Backward && i < Shape::kM + Shape::kN) {
       const int64_t n = col_ + i - Shape::kM;
       const bool there = p.bias && n < q_.cols && begin_ <= k * slices_;
-      sides_.bias[k % 2][i - Shape::kM] = there ? to_acc<float>(*p.bias.template at<T>(k, n)) : 0.0f;
+      sides_.bias[k % 2][i - Shape::kM] = there ? to_acc<float>(*p.bias.template at<T>(basis_point(k), n)) : 0.0f;
     }
   }
 
@@ -188,8 +203,8 @@ class Mixer {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = product.row(i, h);
-        const int64_t left = row_ + row < q_.p.rows() ? q_.cols - col_ : 0;
-        const T* const from = q_.p.input.template at<T>(row_ + row, col_);
+        const int64_t in_memory = sides_.rows[row], left = in_memory >= 0 ? q_.cols - col_ : 0;
+        const T* const from = q_.p.input.template at<T>(in_memory >= 0 ? in_memory : 0, col_);
         float total = 0;
 #pragma unroll
         for (int j = 0; j < product.kColParts; ++j) {
@@ -205,13 +220,27 @@ class Mixer {
     }
   }
 
+  /// Where this thread's row has the dot products of its coefficients.
+  __device__ __forceinline__ float* row_dots() const {
+    const int64_t slot = tile_.across * gridDim.y + blockIdx.y;
+    return q_.dots + (slot * q_.p.rows() + my_row_) * q_.p.num_local;
+  }
+
   __device__ __forceinline__ void flush_dots(int64_t k) const {
-    const int64_t l = q_.p.entry_from(first_basis_, k);
+    const int64_t l = q_.p.entry_from(first_basis_, basis_point(k));
     if (!has_row() || l >= q_.p.num_local) return;
     float total = 0;
     for (int warp = 0; warp < Shape::kWarpsN; ++warp) total += sides_.dots[k % 2][warp][threadIdx.x];
-    const int64_t slot = tile_.across * gridDim.y + blockIdx.y;
-    q_.dots[(slot * q_.p.rows() + my_row()) * q_.p.num_local + l] = total;
+    row_dots()[l] = total;
+  }
+
+  /// Zeros for the basis points of which the block meets no slice.
+  __device__ __forceinline__ void clear_dots() const {
+    if (!has_row()) return;
+    for (int64_t l = 0; l < q_.p.num_local; ++l) {
+      const int64_t k = basis_.find((first_basis_ + l) % q_.p.num_basis, q_.p.num_basis) * slices_;
+      if (begin_ == end_ || end_ <= k || begin_ >= k + slices_) row_dots()[l] = 0;
+    }
   }
 
   __device__ __forceinline__ void store(const ProductSums<Shape>& sum) const {
@@ -219,8 +248,8 @@ class Mixer {
     for (int i = 0; i < sum.kRowParts; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64_t row = row_ + sum.row(i, h);
-        if (row >= q_.p.rows()) continue;
+        const int64_t row = sides_.rows[sum.row(i, h)];
+        if (row < 0) continue;
 #pragma unroll
         for (int j = 0; j < sum.kColParts; ++j) {
           const int64_t col = col_ + sum.col(j);
@@ -241,12 +270,14 @@ class Mixer {
   T *left_, *right_;
   int64_t slices_;
   TileIndex tile_;
-  int64_t row_, col_;  // the tile's first
-  TileSource<Shape::kM, Shape::kDepth, true, Shape::kThreads, T> left_source_;
+  int64_t position_, col_;  // the tile's first, of the rows in order and of the columns
+  RowSource<Shape::kM, Shape::kDepth, Shape::kThreads, T> left_source_;
   TileSource<Backward ? Shape::kDepth : Shape::kN, Backward ? Shape::kN : Shape::kDepth, !Backward, Shape::kThreads, T>
       right_source_;
-  int64_t begin_, end_;           // the block's share of all slices
-  int64_t sample_, first_basis_;  // of my_row()
+  BasisRange basis_;              // that the tile meets
+  int64_t begin_, end_;           // the block's share of their slices
+  int64_t my_row_;                // whose sides this thread looks after; -1 for none
+  int64_t sample_, first_basis_;  // of it
   SliceCursor ahead_;             // the next slice to fetch
 };
 

@@ -3,7 +3,8 @@
 //   dP[k,o,i] = (accumulate ? dP[k,o,i] : 0) + sum_r c[r,k] g[r,o] x[r,i]
 //
 // a product over the rows for each basis point, whose right operand is x with c multiplied in: in float32, and rounded
-// once to the operands' dtype, in the fragment. Rows on which k does not act are neither read nor added.
+// once to the operands' dtype, in the fragment. Rows on which k does not act are neither read nor added; where
+// rows are taken in order of their index (manifold_linear_segments.h), slices of such rows are left out.
 //
 // Grid: x tiles of dP_k (TileIndex) for each k, y splits of the rows. Reads g and x once a tile and c once a slice;
 // writes dP once, rounded once, or with splits partial sums [splits, K, O, partial_cols(I)] for
@@ -34,12 +35,12 @@ constexpr size_t outer_shared_bytes() {
   return sizeof(typename Shape::Element) * Shape::kStages * (Shape::kLeft + Shape::kRight);
 }
 
-/// Of the rows in each slice that is on its way: their coefficients, and which of them k acts on.
+/// Of the rows in each slice that is on its way: their coefficients, and where they lie; -1 where k does not act.
 template <class Shape>
 struct OuterRows {
   static constexpr int kSlices = Shape::kStages + 1;
   float coeff[kSlices][Shape::kDepth];
-  unsigned acts[kSlices];
+  int64_t rows[kSlices][Shape::kDepth];
 };
 
 /// The work of one block.
@@ -57,9 +58,10 @@ class OuterProduct {
         k_(blockIdx.x / tiles()),
         row_(tile_.down * Shape::kM),
         col_(tile_.across * Shape::kN),
+        slices_(acting_slices(q.p, k_, Shape::kDepth)),
         left_source_(q.p.output.at<T>(0, row_), q.p.output.stride[0], q.p.out_features - row_, q.output_aligned),
         right_source_(q.p.input.at<T>(0, col_), q.p.input.stride[0], q.p.in_features - col_, q.input_aligned) {
-    const int64_t total = ceil_div(q.p.rows(), Shape::kDepth), split = blockIdx.y, splits = gridDim.y;
+    const int64_t total = slices_.total(), split = blockIdx.y, splits = gridDim.y;
     begin_ = total * split / splits;
     end_ = total * (split + 1) / splits;
   }
@@ -96,23 +98,20 @@ class OuterProduct {
     if (threadIdx.x >= 32) return;
     const ManifoldLinearParams& p = q_.p;
     const int lane = threadIdx.x;
-    const int64_t row = step * Shape::kDepth + lane, b = row / p.tokens;
-    const bool there = lane < Shape::kDepth && step < end_ && row < p.rows();
+    const int64_t position = slices_.at(step) * Shape::kDepth + lane;
+    const bool there = lane < Shape::kDepth && step < end_ && position < p.rows();
+    const int64_t row = there ? ordered_row(p, position) : 0, b = row / p.tokens;
     const int64_t l = there ? p.entry(b, k_) : p.num_local;
     const bool acts = l < p.num_local;
-    const unsigned all = __ballot_sync(0xffffffffu, acts);
-    if (lane < Shape::kDepth) rows_.coeff[slot][lane] = acts ? *p.coeff.template at<float>(b, l) : 0.0f;
-    if (lane == 0) rows_.acts[slot] = all;
+    if (lane >= Shape::kDepth) return;
+    rows_.coeff[slot][lane] = acts ? *p.coeff.template at<float>(b, l) : 0.0f;
+    rows_.rows[slot][lane] = acts ? row : -1;
   }
 
   __device__ __forceinline__ void fetch(int64_t step, int stage, int slot) {
     if (step < end_) {
-      const ManifoldLinearParams& p = q_.p;
-      const unsigned acts = rows_.acts[slot];
-      const auto keep = [acts](int row) { return (acts >> row & 1u) != 0; };
-      const int64_t first = step * Shape::kDepth, left = p.rows() - first;
-      left_source_.fetch(left_ + stage * Shape::kLeft, first * p.output.stride[0], left, keep);
-      right_source_.fetch(right_ + stage * Shape::kRight, first * p.input.stride[0], left, keep);
+      left_source_.fetch(left_ + stage * Shape::kLeft, rows_.rows[slot]);
+      right_source_.fetch(right_ + stage * Shape::kRight, rows_.rows[slot]);
     }
     copy_async_commit();
   }
@@ -133,9 +132,10 @@ class OuterProduct {
   T *left_, *right_;
   TileIndex tile_;
   int64_t k_, row_, col_;  // the tile's first, in dP_k
-  TileSource<Shape::kDepth, Shape::kM, false, Shape::kThreads, T> left_source_;
-  TileSource<Shape::kDepth, Shape::kN, false, Shape::kThreads, T> right_source_;
-  int64_t begin_, end_;  // the block's share of the slices of rows
+  SliceRange slices_;      // of rows
+  DepthSource<Shape::kDepth, Shape::kM, Shape::kThreads, T> left_source_;
+  DepthSource<Shape::kDepth, Shape::kN, Shape::kThreads, T> right_source_;
+  int64_t begin_, end_;  // the block's share of the slices
 };
 
 template <class Shape>
@@ -151,13 +151,10 @@ __global__ void __launch_bounds__(Shape::kThreads)
 template <class T, int Threads>
 __global__ void __launch_bounds__(Threads)
     manifold_linear_grad_coeff_sum_kernel(ManifoldLinearParams p, CudaDots terms, const float* dots, View out) {
-  const int64_t slices = ceil_div(p.out_features, slice_depth(p.dtype)), total = p.num_basis * slices;
   for (int64_t pair = blockIdx.x; pair < p.batch * p.num_local; pair += gridDim.x) {
     const int64_t b = pair / p.num_local, l = pair % p.num_local, k = (p.first_basis(b) + l) % p.num_basis;
     float sum = 0;
     for (int64_t split = 0; split < terms.splits; ++split) {
-      const int64_t begin = total * split / terms.splits, end = total * (split + 1) / terms.splits;
-      if (end <= k * slices || begin >= (k + 1) * slices) continue;  // it met no slice of k, and wrote nothing
       for (int64_t i = threadIdx.x; i < terms.tiles * terms.each; i += Threads) {
         const int64_t slot = i % terms.tiles * terms.splits + split, t = i / terms.tiles;
         sum += dots[((slot * p.batch + b) * terms.each + t) * p.num_local + l];

@@ -14,6 +14,7 @@
 #include "manifold_linear/manifold_linear.h"
 #include "manifold_linear/manifold_linear_cuda_plan.h"
 #include "manifold_linear/manifold_linear_gemm_torch.h"
+#include "manifold_linear/manifold_linear_segments.h"
 
 namespace neuromod {
 namespace {
@@ -127,6 +128,14 @@ Tensor cuda_workspace(const Tensor& like, int64_t bytes) {
   return bytes > 0 ? at::empty({bytes}, like.options().dtype(at::kByte)) : Tensor();
 }
 
+/// Room for the order of a call's samples, where CUDA kernels sort them; freed likewise.
+Tensor cuda_order(const Tensor& like, CudaPlan first, CudaPlan second, ManifoldLinearParams& p) {
+  if (!cuda_sorts(p) || !(takes_order(first) || takes_order(second))) return {};
+  const Tensor order = at::empty({cuda_order_elements(p)}, like.options().dtype(at::kLong));
+  p.order = order.mutable_data_ptr<int64_t>();
+  return order;
+}
+
 Tensor forward(const char* op, const Tensor& input, const Tensor& basis, const Tensor* index, const Tensor& coeff,
                const OptionalTensor& bias) {
   check_floating(op, "input", input);
@@ -156,7 +165,7 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& basis, const T
   call.index(index);
   call.tensors.output = as_matrix(output);
   call.p.output = mutable_view(call.tensors.output);
-  Tensor workspace;
+  Tensor workspace, order;
   if (runs_cuda_kernels(input.device())) {
     check_forced_plan(op);
     const CudaPlan plan = cuda_plan(call.p, CudaPass::forward, torch_products_allowed());
@@ -165,6 +174,7 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& basis, const T
       (plan == CudaPlan::gemm ? gemm_forward : fold_gemm_forward)(op, call.tensors, call.p);
       return output;
     }
+    order = cuda_order(input, plan, plan, call.p);
     workspace = cuda_workspace(input, cuda_forward_workspace(call.p));
     if (workspace.defined()) call.p.workspace = workspace.mutable_data_ptr();
   }
@@ -215,11 +225,13 @@ void backward(const char* op, Call& call, const Gradients& results, const Tensor
   if (results.basis.defined() && results.basis.numel() > 0) q.grad_basis = mutable_view(results.basis);
   if (results.coeff.defined()) q.grad_coeff = mutable_view(results.coeff);
   if (results.bias.defined()) q.grad_bias = mutable_view(results.bias);
-  Tensor workspace;
+  Tensor workspace, order;
   if (runs_cuda_kernels(grad_output.device())) {
     check_forced_plan(op);
     by_torch(op, call, results, q);
     if (!q.grad_input && !q.grad_basis && !q.grad_coeff && !q.grad_bias) return;
+    const CudaBackwardPlan plan = cuda_backward_plan(q, false);
+    order = cuda_order(grad_output, plan.rows, plan.basis, q.p);
     workspace = cuda_workspace(grad_output, cuda_backward_workspace(q));
     if (workspace.defined()) q.p.workspace = workspace.mutable_data_ptr();
   }
