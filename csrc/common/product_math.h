@@ -1,9 +1,9 @@
 // How a warp multiplies parts of two tiles in shared memory, and how tiles lie there. Used by common/product_tile.h.
 //
 // Every Math has its Element, the type Acc of its sums, a depth kStep, how many steps are unrolled, and add(at, left,
-// right, m, n, d, factors): at += A (factors B) for the rows from m on, the columns from n on, and kStep of the depth from
-// d on. For all of them a thread's sums are those of mma.sync's result fragments, 16 x 8 each: at[i][j][2 h + e] is row
-// 16 i + 8 h + g, column 8 j + 2 t + e of the warp's part, for lane 4 g + t.
+// right, m, n, d, factors): at += A (factors B) for the rows from m on, the columns from n on, and kStep of the depth
+// from d on. For all of them a thread's sums are those of mma.sync's result fragments, 16 x 8 each: at[i][j][2 h + e]
+// is row 16 i + 8 h + g, column 8 j + 2 t + e of the warp's part, for lane 4 g + t.
 #pragma once
 
 #include <cstring>
@@ -204,8 +204,8 @@ struct Tf32Math {
   }
 };
 
-/// float and double by multiply-adds: each thread takes its rows and columns, two deep at a time, of which its registers
-/// just hold four.
+/// float and double by multiply-adds: each thread takes its rows and columns, two deep at a time, of which its
+/// registers just hold four.
 template <class T>
 struct PlainMath {
   using Element = T;
