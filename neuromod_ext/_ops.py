@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuromod_ext import _checks, _conv_checks, reference
+from neuromod_ext import _checks, _conv_checks, _fly_checks, reference
 from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext._conv_checks import Options
 from neuromod_ext.reference import Gradients
@@ -41,6 +41,10 @@ NAMES = (
     "manifold_metric",
     "manifold_step_",
     "manifold_step_foreach_",
+    "fly_hash",
+    "fly_hash_backward",
+    "fly_readout",
+    "fly_readout_backward",
 )
 
 
@@ -283,6 +287,41 @@ def _fake_manifold_step_foreach_(
         momentum=momentum,
         dampening=dampening,
         weight_decay=weight_decay,
+    )
+
+
+def _fake_fly_hash(input: Tensor, index: Tensor) -> Tensor:
+    _fly_checks.fly_hash(input, index)
+    return input.new_empty(input.shape[0], index.shape[0])
+
+
+def _fake_fly_hash_backward(grad_output: Tensor, input: Tensor, index: Tensor) -> Tensor:
+    _fly_checks.fly_hash_backward(grad_output, input, index)
+    return input.new_empty(input.shape)
+
+
+def _fake_fly_readout(
+    input: Tensor, index: Tensor, gain: Tensor, readout: Tensor, task: Tensor | None = None
+) -> Tensor:
+    _fly_checks.fly_readout(input, index, gain, readout, task)
+    return input.new_empty(input.shape[0], readout.shape[0])
+
+
+def _fake_fly_readout_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    index: Tensor,
+    gain: Tensor,
+    readout: Tensor,
+    task: Tensor | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    _fly_checks.fly_readout_backward(grad_output, input, index, gain, readout, task)
+    new = input.new_empty
+    return (
+        new(input.shape) if needed[0] else new(0),
+        new(gain.shape) if needed[1] else new(0),
+        new(readout.shape) if needed[2] else new(0),
     )
 
 

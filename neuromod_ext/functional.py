@@ -17,11 +17,15 @@ from torch.nn import functional as F
 from neuromod_ext import _checks, autograd
 from neuromod_ext._contraction import contract
 from neuromod_ext._conv import manifold_conv1d, manifold_conv2d, manifold_conv3d
+from neuromod_ext._fly import fly_hash, fly_readout, gain_linear
 from neuromod_ext._ops import EXTENSION, OPS
 from neuromod_ext._transforms import low_precision, size_left_open, transform_active
 from neuromod_ext.reference import MANIFOLD_LINEAR
 
 __all__ = [
+    "fly_hash",
+    "fly_readout",
+    "gain_linear",
     "interpolate_weights",
     "manifold_conv1d",
     "manifold_conv2d",

@@ -18,6 +18,14 @@ from torch.nn import functional as F
 from neuromod_ext import _checks, _conv_checks
 from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext._conv_checks import Options
+from neuromod_ext._fly_reference import (
+    fly_hash,
+    fly_hash_backward,
+    fly_readout,
+    fly_readout_backward,
+)
+
+__all__ = ["fly_hash", "fly_hash_backward", "fly_readout", "fly_readout_backward"]  # re-exported
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of input, basis, coeff and bias
 

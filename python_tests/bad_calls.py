@@ -28,6 +28,7 @@ def meta(*shape: int) -> Tensor:
     return t(*shape, device="meta")
 
 
+G, X = "grad_output", "input"
 FLOATING = "of dtype float64, float32, bfloat16 or float16, got"
 
 
@@ -188,6 +189,62 @@ def conv_rows(**low: Tensor) -> Rows:
     ]  # fmt: skip
 
 
+FLY_INDEX = torch.zeros(5, 2, dtype=INT)  # B = 4, I = 6, H = 5, n = 2, O = 7, T = 3
+FLY = {
+    "input": t(4, 6), "index": FLY_INDEX, "gain": t(3, 5), "readout": t(7, 5),
+    "task": torch.zeros(4, dtype=INT),
+}  # fmt: skip
+
+
+def fly_rows(lead: str) -> Rows:
+    """What the ops of fly hashing have in common; ``lead`` has the dtype and device of the others."""
+    like = [
+        ("input dtype", {"input": t(4, 6, dtype=F64)}, TypeError,
+         "input of dtype float32 (that of grad_output), got float64; convert one of them"),
+        ("input device", {"input": meta(4, 6)}, ValueError, "input on cpu (where grad_output is), got meta"),
+        ("grad rank", {G: t(4)}, ValueError, "grad_output of shape [B, "),
+        ("grad samples", {G: t(3, 5)}, ValueError, "grad_output of shape [B, "),
+    ] if lead == G else []  # fmt: skip
+    return [
+        *like,
+        ("integers", {lead: t(4, 6, dtype=INT)}, TypeError, f"{lead} {FLOATING} int64"),
+        ("complex", {lead: t(4, 6, dtype=torch.complex64)}, TypeError, f"{lead} {FLOATING} complex64"),
+        ("rank 1", {"input": t(6)}, ValueError, "input of shape [B, I], got [6]"),
+        ("rank 3", {"input": t(4, 2, 6)}, ValueError, "input of shape [B, I], got [4, 2, 6]"),
+        ("floating index", {"index": t(5, 2)}, TypeError,
+         "index of dtype int32 or int64, got float32; convert it with .long()"),
+        ("int16 index", {"index": t(5, 2, dtype=torch.int16)}, TypeError,
+         "index of dtype int32 or int64, got int16; convert it with .long()"),
+        ("uint8 index", {"index": t(5, 2, dtype=torch.uint8)}, TypeError, "index of dtype int32 or int64, got uint8"),
+        ("index device", {"index": meta(5, 2).long()}, ValueError,
+         f"index on cpu (where {lead} is), got meta; move one of them"),
+        ("index rank 1", {"index": FLY_INDEX[0]}, ValueError, "index of shape [H, n], got [2]"),
+        ("index rank 3", {"index": FLY_INDEX[None]}, ValueError, "index of shape [H, n], got [1, 5, 2]"),
+    ]  # fmt: skip
+
+
+def readout_rows(lead: str) -> Rows:
+    return [
+        *fly_rows(lead),
+        ("gain dtype", {"gain": t(3, 5, dtype=BF16)}, TypeError,
+         f"gain of dtype float32 (that of {lead}), got bfloat16; convert one of them"),
+        ("gain device", {"gain": meta(3, 5)}, ValueError, f"gain on cpu (where {lead} is), got meta"),
+        ("gain rank", {"gain": t(5)}, ValueError, "gain of shape [T, H], got [5]"),
+        ("gain units", {"gain": t(3, 6)}, ValueError, "gain of shape [T, H] = [3, 5], got [3, 6]"),
+        ("gain of tasks", {"task": None}, ValueError, "gain of shape [H] = [5], got [3, 5]"),
+        ("readout dtype", {"readout": t(7, 5, dtype=F64)}, TypeError,
+         f"readout of dtype float32 (that of {lead}), got float64; convert one of them"),
+        ("readout device", {"readout": meta(7, 5)}, ValueError, f"readout on cpu (where {lead} is), got meta"),
+        ("readout rank", {"readout": t(5)}, ValueError, "readout of shape [O, H], got [5]"),
+        ("readout units", {"readout": t(7, 4)}, ValueError, "readout of shape [O, H] = [7, 5], got [7, 4]"),
+        ("task dtype", {"task": torch.zeros(4, dtype=torch.int32)}, TypeError,
+         "task of dtype int64, got int32; convert it with .long()"),
+        ("task device", {"task": meta(4).long()}, ValueError, f"task on cpu (where {lead} is), got meta"),
+        ("task samples", {"task": torch.zeros(3, dtype=INT)}, ValueError, "task of shape [B] = [4], got [3]"),
+        ("task rank", {"task": torch.zeros(4, 1, dtype=INT)}, ValueError, "task of shape [B] = [4], got [4, 1]"),
+    ]  # fmt: skip
+
+
 GOOD: dict[str, dict[str, Any]] = {
     "manifold_linear": {"input": t(4, 6), "basis": t(3, 5, 6), "coeff": t(4, 3), "bias": t(3, 5)},
     "manifold_linear_backward": {
@@ -224,8 +281,11 @@ GOOD: dict[str, dict[str, Any]] = {
         "params": [t(3, 5), t(2, 4)], "grads": [t(3, 5), t(2, 4)], "momentum_buffers": [t(3, 5), t(2, 4)],
         "metric_inverses": [t(3, 3), None], "lr": t(dtype=F64), "momentum": 0.9,
     },
+    "fly_hash": {"input": t(4, 6), "index": FLY_INDEX},
+    "fly_hash_backward": {"grad_output": t(4, 5), "input": t(4, 6), "index": FLY_INDEX},
+    "fly_readout": FLY,
+    "fly_readout_backward": {"grad_output": t(4, 7), **FLY, "needed": [True] * 3},
 }  # fmt: skip
-G, X = "grad_output", "input"
 INTERPOLATE_GRADIENTS: Rows = [
     ("rank 0", {G: t()}, ValueError, "grad_output of shape [B, ...], got []"),
     ("integers", {G: t(4, 5, 6, dtype=INT)}, TypeError, f"grad_output {FLOATING} int64"),
@@ -383,4 +443,8 @@ BAD: dict[str, Rows] = {
          "metric_inverses[0] of dtype float32 (in which sums over float32 params[0] run), got float64"),
         ("decay NaN", {"weight_decay": math.nan}, ValueError, "weight_decay to be finite, got nan"),
     ],
+    "fly_hash": fly_rows(X),
+    "fly_hash_backward": fly_rows(G),
+    "fly_readout": readout_rows(X),
+    "fly_readout_backward": readout_rows(G),
 }  # fmt: skip

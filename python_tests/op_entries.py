@@ -12,6 +12,7 @@ import torch
 from bounds import Array, Expected, expect
 from conv_entries import CONV
 from entry import Call, Op, einsum, rows
+from fly_entries import FLY
 from linear_entries import LINEAR
 from sampling import Draw, wide
 from torch import Tensor
@@ -202,6 +203,7 @@ OPS = {
     for op in (
         *LINEAR,
         *CONV,
+        *FLY,
         Op("interpolate_weights", interpolate_draw("Pc"), interpolate_large("Pc"), interpolate),
         Op(
             "interpolate_weights_backward",

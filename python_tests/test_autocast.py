@@ -12,7 +12,8 @@ import neuromod_ext.functional as MF
 
 LOW = (torch.bfloat16, torch.float16)
 every = pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
-FULL_PRECISION = ("interpolate_weights", "manifold_metric")  # weights and metrics stay as they are
+# weights and metrics stay as they are, and so does what is only scaled
+FULL_PRECISION = ("interpolate_weights", "manifold_metric", "ContextModulation")
 
 
 def explicit(
@@ -27,7 +28,7 @@ def explicit(
         "manifold_conv3d": (2,),
         "natural_gradient": (2, 3),
         "ManifoldLinear": (1,),
-    }[entry.subject]
+    }.get(entry.subject, ())
     return tuple(t if i in wide else t.to(dtype) for i, t in enumerate(args))
 
 
@@ -57,7 +58,7 @@ def test_forward_and_backward(entry: Composition, dtype: torch.dtype) -> None:
     [
         e
         for e in ALL
-        if e.subject.startswith(("manifold_linear", "manifold_conv", "natural_gradient"))
+        if e.subject.startswith(("manifold_linear", "manifold_conv", "natural_gradient", "fly"))
         and e.label != "one_condition"
     ],
     ids=lambda e: e.id,

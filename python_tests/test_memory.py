@@ -79,6 +79,7 @@ def view_bytes(t: torch.Tensor, whole: torch.Tensor) -> None:
 # The same tensor in two roles
 
 
+FLY_INDEX = torch.tensor([[0, 2], [1, 2], [0, 1], [1, 1]])
 SAME = {
     "manifold_linear": lambda d: (x := d.tensor(3, 3), d.tensor(3, 2, 3), x),
     "manifold_linear_backward": lambda d: (
@@ -120,18 +121,29 @@ SAME = {
     "interpolate_weights_grad_basis": lambda d: (g := d.tensor(4, 4), g),
     "interpolate_weights_grad_coeff": lambda d: (g := d.tensor(4, 2, 3), g),
     "manifold_metric": lambda d: (c := d.tensor(5, 5), c[0]),
+    "fly_hash": lambda d: (d.tensor(3, 3), FLY_INDEX),
+    "fly_hash_backward": lambda d: (x := d.tensor(4, 4), x, FLY_INDEX),
+    "fly_readout": lambda d: (x := d.tensor(4, 4), FLY_INDEX, x[0], x, None),
+    "fly_readout_backward": lambda d: (x := d.tensor(4, 4), x, FLY_INDEX, x[0], x, None),
 }
 
 
 WALK = {"stride": [1], "padding": [0], "dilation": [1], "groups": 1}
-OTHERS = {"manifold_conv": WALK, "manifold_conv_backward": WALK | {"needed": [True] * 4}}
+OTHERS = {
+    "manifold_conv": WALK,
+    "manifold_conv_backward": WALK | {"needed": [True] * 4},
+    "fly_readout_backward": {"needed": [True] * 3},
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", sorted(SAME))
 def test_the_same_tensor_twice(name: str, dtype: torch.dtype, backend: Backend) -> None:
     draw = Draw(f"same/{name}", dtype, backend.device)
-    call = Call(list(SAME[name](draw)), OTHERS.get(name, {}))
+    tensors = [
+        t.to(backend.device) if torch.is_tensor(t) else t for t in SAME[name](draw)
+    ]  # an index lies on the CPU
+    call = Call(tensors, OTHERS.get(name, {}))
     results = OPS[name].run(backend.op(name), call)
     for got, want in zip(results, OPS[name].expected(call), strict=True):
         check(got, want, draw)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.speed.bench_fly_hash import fly_readout
 from benchmarks.speed.bench_interpolate_weights import interpolate_weights
 from benchmarks.speed.bench_manifold_conv import manifold_conv
 from benchmarks.speed.bench_manifold_linear import manifold_linear, one_condition, tokens
@@ -27,6 +28,7 @@ BENCHES: dict[str, Bench] = {
     for bench in (
         *(manifold_linear, tokens, one_condition, splines, manifold_conv),
         *(interpolate_weights, natural_gradient, natural_step, manifold_step, manifold_metric),
+        fly_readout,
     )
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

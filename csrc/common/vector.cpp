@@ -10,6 +10,7 @@
 #define NEUROMOD_CONCAT_(a, b) a##b
 #define NEUROMOD_CONCAT(a, b) NEUROMOD_CONCAT_(a, b)
 #define NEUROMOD_VECTOR_SET NEUROMOD_CONCAT(vector_set_, NEUROMOD_ISA)
+#define NEUROMOD_FLY_HASH_VECTORS NEUROMOD_CONCAT(fly_hash_vectors_, NEUROMOD_ISA)
 
 namespace neuromod {
 namespace {
@@ -303,7 +304,9 @@ const Ops<Float16> float16;
 
 }  // namespace
 
+extern const FlyHashVectors NEUROMOD_FLY_HASH_VECTORS;  // fly_hash/fly_hash_vector.cpp
 extern const VectorSet NEUROMOD_VECTOR_SET;
-const VectorSet NEUROMOD_VECTOR_SET = {NEUROMOD_STRING(NEUROMOD_ISA), &float64, &float32, &bfloat16, &float16};
+const VectorSet NEUROMOD_VECTOR_SET = {NEUROMOD_STRING(NEUROMOD_ISA), &float64, &float32, &bfloat16, &float16,
+                                       &NEUROMOD_FLY_HASH_VECTORS};
 
 }  // namespace neuromod

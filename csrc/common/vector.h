@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/element.h"
+#include "fly_hash/fly_hash_vector.h"
 #include "manifold_step/manifold_step.h"
 
 namespace neuromod {
@@ -76,6 +77,7 @@ struct VectorSet {
   const VectorOps<float>* float32;
   const VectorOps<BFloat16>* bfloat16;
   const VectorOps<Float16>* float16;
+  const FlyHashVectors* fly_hash;
 };
 
 /// Those for this processor.
@@ -91,6 +93,16 @@ const VectorOps<T>& vectors() {
     return *vector_set().bfloat16;
   } else {
     return *vector_set().float16;
+  }
+}
+
+/// Those of fly_hash, for elements of type T.
+template <class T>
+const FlyHashOps<acc_t<T>>& fly_hash_vectors() {
+  if constexpr (std::is_same_v<T, double>) {
+    return *vector_set().fly_hash->float64;
+  } else {
+    return *vector_set().fly_hash->float32;
   }
 }
 

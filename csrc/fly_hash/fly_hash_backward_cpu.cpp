@@ -1,0 +1,157 @@
+// The gradients of fly_hash and fly_readout on the CPU; units are gathered anew.
+//
+// Parameters: a thread takes a slice of units through all samples. Where a block's samples share the gain, its products
+// are added lane by lane, and the lanes at the end; else (tasks, or a last block that is not full) they are transposed
+// and added sample by sample. Both orders depend on sizes and on whether there are tasks, on nothing else.
+//
+// Input: a thread takes a block of samples through all units, in order; the mean over the units is subtracted at the
+// end, from each input as often as units have it.
+#include "common/dispatch.h"
+#include "fly_hash/fly_hash_panel.h"
+
+namespace neuromod {
+namespace {
+
+constexpr int64_t kSlice = 512;
+
+/// The gradients of gain and readout, in the accumulation type, over all panels.
+template <class T>
+class ParameterGradients {
+ public:
+  using A = acc_t<T>;
+  static constexpr int64_t kBlock = FlyPanel<T>::kBlock, kHalf = kBlock / 2;
+
+  explicit ParameterGradients(const FlyHashBackwardParams& p)
+      : p_(p),
+        f_(p.forward),
+        lanes_(wants_lanes() ? f_.units * kHalf : 0),
+        gain_(p.grad_gain ? f_.tasks * f_.units : 0),
+        readout_(p.grad_readout ? f_.outputs * f_.units : 0) {
+    std::fill_n(lanes_.data(), wants_lanes() ? f_.units * kHalf : 0, A(0));
+    std::fill_n(gain_.data(), p.grad_gain ? f_.tasks * f_.units : 0, A(0));
+    std::fill_n(readout_.data(), p.grad_readout ? f_.outputs * f_.units : 0, A(0));
+  }
+
+  void add(const FlyPanel<T>& panel, const A* grad) {
+    const double seconds = 1e-9 * double(kSlice * panel.blocks * (f_.arity + f_.outputs + 8));
+    parallel(ceil_div(f_.units, kSlice), seconds, [&](int64_t slice) {
+      const int64_t end = std::min((slice + 1) * kSlice, f_.units);
+      for (int64_t block = 0; block < panel.blocks; ++block)
+        for (int64_t first = slice * kSlice; first < end; first += kFlyChunk)
+          add_chunk(panel, block, first, std::min(kFlyChunk, end - first), grad + block * f_.outputs * kBlock);
+    });
+  }
+
+  void store() {
+    if (wants_lanes()) {
+      parallel(ceil_div(f_.units, kFlyChunk), 1e-9 * double(kFlyChunk * kHalf), [&](int64_t i) {
+        const int64_t first = i * kFlyChunk, units = std::min(kFlyChunk, f_.units - first);
+        const A* rows[kFlyChunk];
+        for (int64_t u = 0; u < units; ++u) rows[u] = lanes_.data() + (first + u) * kHalf;
+        FlyChunk<A> by_lane;
+        vectors<A>().transpose(units, kHalf, rows, by_lane.at, kFlyChunk);
+        for (int64_t l = 0; l < kHalf; ++l) vectors<A>().add(units, by_lane.at + l * kFlyChunk, gain_.data() + first);
+      });
+    }
+    if (p_.grad_gain) vectors<T>().narrow(f_.tasks * f_.units, gain_.data(), p_.grad_gain.template at<T>(0));
+    if (p_.grad_readout) vectors<T>().narrow(f_.outputs * f_.units, readout_.data(), p_.grad_readout.template at<T>(0));
+  }
+
+ private:
+  bool wants_lanes() const { return p_.grad_gain && !f_.task; }
+
+  void add_chunk(const FlyPanel<T>& panel, int64_t block, int64_t first, int64_t units, const A* grad) {
+    FlyChunk<A> h, products, by_sample;
+    if (p_.grad_gain) {
+      panel.hash(block, first, units, false, h.at);
+      fly_hash_vectors<T>().signal(units, f_.outputs, f_.readout.template at<const A>(0, first), f_.readout.stride[0],
+                                   grad, products.at);
+      if (!f_.task && panel.samples(block) == kBlock) {
+        fly_hash_vectors<T>().add_products(units, h.at, products.at, lanes_.data() + first * kHalf);
+      } else {
+        vectors<A>().scale(units * kBlock, h.at, products.at, products.at);
+        turn(units, products.at, by_sample.at);
+        for (int64_t s = 0; s < panel.samples(block); ++s)
+          vectors<A>().add(units, by_sample.at + s * kFlyChunk, gain_.data() + panel.task(block, s) * f_.units + first);
+      }
+    }
+    if (p_.grad_readout) {
+      panel.hash(block, first, units, true, h.at);
+      turn(units, h.at, by_sample.at);
+      vectors<A>().add_product(f_.outputs, units, panel.samples(block), grad, kBlock, by_sample.at, kFlyChunk,
+                               readout_.data() + first, f_.units);
+    }
+  }
+
+  /// [units, kBlock] to [kBlock, kFlyChunk]
+  static void turn(int64_t units, const A* from, A* to) {
+    const A* rows[kFlyChunk];
+    for (int64_t u = 0; u < units; ++u) rows[u] = from + u * kBlock;
+    vectors<A>().transpose(units, kBlock, rows, to, kFlyChunk);
+  }
+
+  const FlyHashBackwardParams& p_;
+  const FlyHashParams& f_;
+  const Scratch<A> lanes_, gain_, readout_;
+};
+
+/// dx of one block of samples; `grad` as in ParameterGradients, null for fly_hash.
+template <class T>
+void input_gradient(const FlyHashBackwardParams& p, const FlyIndex<acc_t<T>>& index, const FlyPanel<T>& panel,
+                    int64_t block, const acc_t<T>* grad) {
+  using A = acc_t<T>;
+  constexpr int64_t kBlock = kFlyBlock<A>;
+  const FlyHashParams& f = p.forward;
+  const auto& ops = fly_hash_vectors<T>();
+  const Scratch<A> x(f.inputs * kBlock);
+  std::fill_n(x.data(), f.inputs * kBlock, A(0));
+  FlyChunk<A> h, signal;
+  alignas(64) A total[kBlock] = {};
+  for (int64_t first = 0; first < f.units; first += kFlyChunk) {
+    const int64_t units = std::min(kFlyChunk, f.units - first);
+    panel.hash(block, first, units, false, h.at);
+    if (grad) {
+      ops.signal(units, f.outputs, f.readout.at<const A>(0, first), f.readout.stride[0], grad, signal.at);
+      if (f.task) panel.modulate(block, first, units, signal.at);
+      ops.mask(units, h.at, f.task ? nullptr : f.gain.at<const A>(0, first), signal.at);
+    } else {
+      panel.transpose(p.grad, units, block, signal.at, first);
+      ops.mask(units, h.at, nullptr, signal.at);
+    }
+    ops.scatter(units, f.arity, index.data() + first * f.arity, signal.at, x.data(), total);
+  }
+  for (int64_t s = 0; s < kBlock; ++s) total[s] /= A(f.units);
+  ops.subtract(f.inputs, index.count.data(), total, x.data());
+  panel.store(block, x.data(), f.inputs, p.grad_input);
+}
+
+}  // namespace
+
+void fly_hash_backward_cpu(const FlyHashBackwardParams& p) {
+  const FlyHashParams& f = p.forward;
+  const char* const op = f.readout ? "fly_readout_backward" : "fly_hash_backward";
+  dispatch_dtype<Float16, BFloat16>(f.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    check_fly_tasks(op, f);
+    const FlyIndex<A> index(op, f);
+    FlyPanel<T> panel(f, index);
+    ParameterGradients<T> parameters(p);
+    const int64_t size = f.outputs * panel.kBlock;
+    const Scratch<A> grads(f.readout ? kFlyPanel * size : 0);
+    for (int64_t first = 0; first < f.batch; first += kFlyPanel * panel.kBlock) {
+      panel.load(first);
+      for (int64_t block = 0; f.readout && block < panel.blocks; ++block)
+        panel.transpose(p.grad, f.outputs, block, grads.data() + block * size);
+      if (p.grad_gain || p.grad_readout) parameters.add(panel, grads.data());
+      if (p.grad_input) {
+        parallel(panel.blocks, 1e-9 * double(f.units * (2 * f.arity + f.outputs + 8)), [&](int64_t block) {
+          input_gradient<T>(p, index, panel, block, f.readout ? grads.data() + block * size : nullptr);
+        });
+      }
+    }
+    parameters.store();
+  });
+}
+
+}  // namespace neuromod

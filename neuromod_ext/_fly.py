@@ -1,0 +1,249 @@
+"""Fly hashing, and linear maps under gains: shared fixed weights that a task modulates.
+
+A kernel computes ``fly_hash`` and ``fly_readout`` wherever no transform of ``torch.func`` and no
+tangent surrounds the call; there, and where the gradient is differentiated in turn, plain PyTorch
+(:mod:`neuromod_ext._fly_reference`) takes its place, which is differentiable to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from neuromod_ext import _checks, _fly_checks, reference
+from neuromod_ext._contraction import apply, raw, registered, underivable, use_reference
+from neuromod_ext._ops import EXTENSION
+from neuromod_ext._transforms import low_precision, size_left_open, surrounded
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class FlyHashFunction(Function):
+    """fly_hash; never applied under a transform."""
+
+    @staticmethod
+    def forward(input: Tensor, index: Tensor) -> Tensor:
+        return cast(Tensor, raw("fly_hash", input, index))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        again = torch.is_grad_enabled() or surrounded()
+        return _hash_vjp(ctx.saved_tensors, grad, None if again else raw)
+
+
+def _hash_vjp(saved: Sequence[Any], grad: Tensor, call: Any) -> Gradients:
+    """The gradients of input and index, by ``call``, or differentiable in turn if that is None."""
+    if call is None:
+        return reference.fly_hash_backward(grad, *saved), None
+    return call("fly_hash_backward", grad, *saved), None
+
+
+class FlyReadoutFunction(Function):
+    """fly_readout; never applied under a transform."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, index: Tensor, gain: Tensor, readout: Tensor, task: Tensor | None
+    ) -> Tensor:
+        return cast(Tensor, raw("fly_readout", input, index, gain, readout, task))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        again = torch.is_grad_enabled() or surrounded()
+        return _readout_vjp(ctx.saved_tensors, grad, ctx.needs_input_grad, None if again else raw)
+
+
+def _readout_vjp(saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], call: Any) -> Gradients:
+    """The gradients of input, index, gain, readout and task; ``call`` as in :func:`_hash_vjp`."""
+    needed = [needs[0], needs[2], needs[3]]
+    input, index, gain, readout, task = saved
+    if call is None:
+        with torch.autocast(grad.device.type, enabled=False):  # sums keep their dtype
+            grads = reference.fly_readout_backward(grad, input, index, gain, readout, task, needed)
+    else:
+        grads = call("fly_readout_backward", grad, input, index, gain, readout, task, needed)
+    of = [g if need else None for g, need in zip(grads, needed, strict=True)]
+    return of[0], None, of[1], of[2], None
+
+
+def _fly_hash(input: Tensor, index: Tensor) -> Tensor:
+    if use_reference() or surrounded():
+        return reference.fly_hash(input, index)
+    if torch.compiler.is_compiling():
+        return cast(Tensor, registered("fly_hash", input, index))
+    if underivable(input):
+        return cast(Tensor, raw("fly_hash", input, index))
+    return apply(FlyHashFunction, input, index)
+
+
+def _fly_readout(
+    input: Tensor, index: Tensor, gain: Tensor, readout: Tensor, task: Tensor | None
+) -> Tensor:
+    if use_reference() or surrounded():
+        return reference.fly_readout(input, index, gain, readout, task)
+    if torch.compiler.is_compiling():
+        return cast(Tensor, registered("fly_readout", input, index, gain, readout, task))
+    if underivable(input, gain, readout):
+        return cast(Tensor, raw("fly_readout", input, index, gain, readout, task))
+    return apply(FlyReadoutFunction, input, index, gain, readout, task)
+
+
+def fly_hash(input: Tensor, index: Tensor) -> Tensor:
+    r"""Hash as the fly's olfactory circuit does: many units, each the sum of a few inputs.
+
+    .. math:: h_b = \mathrm{relu}(m_b - \overline{m_b}), \qquad m_{bj} = \sum_k x_{b,\,i_{jk}}
+
+    The mean is over the units. An input may occur in a unit more than once.
+
+    Args:
+        input: x, [B, I]: float64, float32, bfloat16 or float16.
+        index: i, [H, n], int32 or int64, in [0, I): the inputs of each unit.
+
+    Returns:
+        h, [B, H], of the dtype of ``input`` (of autocast, where that is on).
+
+    Raises:
+        TypeError: a dtype does not fit, or an argument is no tensor.
+        ValueError: a shape or device does not fit; an index out of range. On CUDA, where looking
+            would wait for the device, that makes the results NaN instead; under transforms plain
+            PyTorch reports it in its own way.
+
+    Source: the first layer of FlyNet, Hong and Pavlic, after Dasgupta, Stevens and Navlakha (2017).
+    """
+    _checks.tensors("fly_hash", input=input, index=index)
+    if _checks.autocast_enabled(input.device):
+        (input,) = low_precision(input.device, input)
+        with torch.autocast(input.device.type, enabled=False):
+            return _fly_hash(input, index)
+    return _fly_hash(input, index)
+
+
+def fly_readout(
+    input: Tensor, index: Tensor, gain: Tensor, readout: Tensor, task: Tensor | None = None
+) -> Tensor:
+    r"""Read a modulated fly hash out, which is never written to memory.
+
+    .. math:: y_b = R\,(v_{t(b)} \odot h_b), \qquad h = \text{fly\_hash}(x)
+
+    The gradients recompute h, too. A sample's result does not depend on the others of its batch,
+    nor on their tasks, to the bit.
+
+    Args:
+        input: x, [B, I]: float64, float32, bfloat16 or float16.
+        index: i, [H, n], int32 or int64, in [0, I): the inputs of each unit.
+        gain: v, [H], or [T, H] with ``task``; of the dtype of ``input``.
+        readout: R, [O, H], of the dtype of ``input``.
+        task: t, [B], int64, in [0, T): the row of ``gain`` that each sample takes.
+
+    Returns:
+        y, [B, O], of the dtype of ``input`` (of autocast, where that is on).
+
+    Raises:
+        TypeError: a dtype does not fit, or an argument is no tensor.
+        ValueError: a shape or device does not fit; an index or a task out of range (as for
+            :func:`fly_hash`).
+
+    Source: FlyNet, Hong and Pavlic; see "Task-specific geometric sensitive hashing", eq. 2.
+    """
+    op = "fly_readout"
+    _checks.tensors(op, input=input, index=index, gain=gain, readout=readout)
+    if task is not None:
+        _checks.tensors(op, task=task)
+    if _checks.autocast_enabled(input.device):
+        input, gain, readout = low_precision(input.device, input, gain, readout)
+        with torch.autocast(input.device.type, enabled=False):
+            return _fly_readout(input, index, gain, readout, task)
+    return _fly_readout(input, index, gain, readout, task)
+
+
+def gain_linear(
+    input: Tensor,
+    gain: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    task: Tensor | None = None,
+) -> Tensor:
+    r"""Apply one linear map to inputs that are scaled, sample by sample or all alike.
+
+    .. math:: y_b = W\,(v_{t(b)} \odot x_b) + \beta
+
+    It is ``torch.nn.functional.linear`` of the scaled input; a gain that all samples share scales
+    the weight instead, where that is smaller. No kernel of our own could gain more than the time
+    of the scaling, B I operations beside the product's B I O.
+
+    Args:
+        input: x, [B, ..., I]; any shape [..., I] without ``task``.
+        gain: v, [I], or [T, I] with ``task``; of the dtype of ``input``.
+        weight: W, [O, I], likewise.
+        bias: β, [O], likewise, or None.
+        task: t, [B], int64, in [0, T): the row of ``gain`` that each sample takes;
+            ``torch.arange(B)`` for a gain for each sample.
+
+    Returns:
+        y, [B, ..., O], of the dtype of ``input`` (of autocast, where that is on).
+
+    Raises:
+        TypeError: a dtype does not fit, or an argument is no tensor.
+        ValueError: a shape or device does not fit.
+        IndexError: a task out of range.
+    """
+    op = "gain_linear"
+    _checks.tensors(op, input=input, gain=gain, weight=weight)
+    if _checks.autocast_enabled(input.device):
+        input, gain, weight, bias = low_precision(input.device, input, gain, weight, bias)
+    _fly_checks.gain_linear(input, gain, weight, bias, task)
+    if task is not None:
+        scale = gain.index_select(0, task)
+        input = input * scale.reshape(-1, *[1] * (input.dim() - 2), scale.shape[-1])
+    elif size_left_open(input.numel()) or input.numel() <= weight.numel():
+        input = input * gain
+    else:
+        weight = weight * gain
+    return F.linear(input, weight, bias)
+
+
+def _register_autograd() -> None:
+    """The same derivative formulas for the registered ops, which compiled code calls."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def hash_backward(ctx: Any, grad: Tensor) -> Gradients:
+        call = None if torch.is_grad_enabled() else registered
+        return _hash_vjp(ctx.saved_tensors, grad, call)
+
+    def readout_backward(ctx: Any, grad: Tensor) -> Gradients:
+        saved = (*ctx.saved_tensors, None)[:5]  # torch leaves a default argument out
+        needs, call = ctx.needs_input_grad, None if torch.is_grad_enabled() else registered
+        return _readout_vjp(saved, grad, needs, call)[: len(needs)]
+
+    def refuse(ctx: Any, *grads: Tensor | None) -> None:
+        raise NotImplementedError(
+            "fly_readout_backward, fly_hash_backward: expected no derivative of this op to be "
+            "asked for; differentiate fly_readout or fly_hash with create_graph=True"
+        )
+
+    def register(name: str, backward: Any, **setup: Any) -> None:
+        torch.library.register_autograd(f"neuromod_ext::{name}", backward, **setup)
+
+    register("fly_hash", hash_backward, setup_context=save)
+    register("fly_readout", readout_backward, setup_context=save)
+    register("fly_hash_backward", refuse)
+    register("fly_readout_backward", refuse)
+
+
+if EXTENSION:
+    _register_autograd()
