@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import neuromod_ext as nm
+from neuromod_ext import analysis, continual, plotting
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 
@@ -31,3 +32,13 @@ def test_every_public_function_and_layer_is_named():
         stem = re.sub(r"^manifold_conv[123]d$", "manifold_conv1d/2d/3d", name)
         if name != "ManifoldLayer":
             assert re.search(rf"[`.]{stem}`", README), name
+
+
+def test_what_streams_of_tasks_need_is_named():
+    kinds = {"Clustering", "MantelTest", "Score", "SimilarityHistogram", "Task", "TaskStream"}
+    elsewhere = {"plot_accuracy", "plot_manifold_path", "principal_components"}  # of manifolds
+    parts = {"augmentations", "rotate"}  # what the streams are made of
+    for name in (
+        {*analysis.__all__, *continual.__all__, *plotting.__all__} - kinds - elsewhere - parts
+    ):
+        assert re.search(rf"[`.]{name}`", README), name

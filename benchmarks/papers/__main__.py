@@ -5,6 +5,7 @@ from __future__ import annotations
 import tyro
 from rich.console import Console
 
+from benchmarks.papers.random_weights import RandomWeights
 from benchmarks.papers.report import Failure
 from benchmarks.papers.rotated import Rotated
 from benchmarks.papers.switch import SwitchedGates
@@ -12,6 +13,7 @@ from benchmarks.papers.switch import SwitchedGates
 EXPERIMENTS = {
     "rotated": Rotated,
     "switch": SwitchedGates,
+    "random-weights": RandomWeights,
 }
 
 
@@ -31,7 +33,7 @@ def main(args: list[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: nothing was written")
+        Console(stderr=True).print(f"interrupted: {experiment.if_interrupted}")
         return 130
     return 0
 

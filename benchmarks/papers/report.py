@@ -91,12 +91,22 @@ def by_model(record: dict[str, Any], key: str) -> dict[str, Array]:
 
 def write(record: dict[str, Any], figures: dict[str, Figure], folder: Path) -> list[Path]:
     """Write figures and the record as JSON, named after experiment and data; return their paths."""
-    stem = record.get("stem") or f"{record['experiment']}-{record['config']['data']}"
-    paths = [folder / f"{stem}-{name}.png" for name in figures] + [folder / f"{stem}.json"]
-    for figure, path in zip(figures.values(), paths, strict=False):
+    path = folder / f"{stem(record)}.json"
+    path.write_text(json.dumps(record, indent=1, default=plain, allow_nan=False) + "\n")
+    return [*save(record, figures, folder), path]
+
+
+def save(record: dict[str, Any], figures: dict[str, Figure], folder: Path) -> list[Path]:
+    """Write the figures of a record, named after experiment and data; return their paths."""
+    paths = [folder / f"{stem(record)}-{name}.png" for name in figures]
+    for figure, path in zip(figures.values(), paths, strict=True):
         figure.savefig(path, dpi=200, bbox_inches="tight")
-    paths[-1].write_text(json.dumps(record, indent=1, default=_plain, allow_nan=False) + "\n")
     return paths
+
+
+def stem(record: dict[str, Any]) -> str:
+    """What the names of a record's files begin with."""
+    return record.get("stem") or f"{record['experiment']}-{record['config']['data']}"
 
 
 def environment() -> dict[str, Any]:
@@ -114,7 +124,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON has no form for."""
     if isinstance(value, Interval):
         half = None if np.isnan(value.half) else float(value.half)
