@@ -301,6 +301,17 @@ def test_the_flys_parts_make_its_logits() -> None:
     assert fly.index.shape == (200, 7)
 
 
+def test_best_match_share_is_the_share_of_the_best_matches() -> None:
+    means = torch.randn(3, 5, 40)
+    assert contexts.best_match_share(means + 0.1 * torch.randn(3, 5, 40), means) == 1
+    assert contexts.best_match_share(means[:, [1, 0, 2, 3, 4]], means) == pytest.approx(3 / 5)
+    assert contexts.best_match_share(-means, means) == 0
+    chance = [contexts.best_match_share(torch.randn(3, 5, 40), means) for _ in range(100)]
+    assert np.mean(chance) == pytest.approx(1 / 5, abs=0.05)
+    means[:, 4] = torch.nan
+    assert contexts.best_match_share(means.nan_to_num(0), means) == pytest.approx(4 / 5)
+
+
 def test_untrained_contexts_are_those_that_training_begins_with(tmp_path: Path) -> None:
     part = repetition()
     learner = part.learner("fly")

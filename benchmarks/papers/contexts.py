@@ -67,22 +67,36 @@ def analyse(fly: Fly, repetition: Repetition, pairs: int) -> dict[str, Any]:
 def reconstruct(fly: Fly, repetition: Repetition, gains: Tensor) -> dict[str, Any]:
     """Images of some digits in some tasks, [digits, tasks, H, W], from the contexts alone."""
     tasks = len(gains)
+    noise = torch.Generator().manual_seed(repetition.number)
+    images = analysis.reconstruct(
+        fly.index, repetition.sizes.inputs, fly.readout, gains, generator=noise
+    )
+    means = torch.stack(
+        [
+            torch.stack([task.inputs[task.labels == c].double().mean(0) for c in range(CLASSES)])
+            for task in repetition.test
+        ]
+    ).flatten(2)
     columns = min(COLUMNS, tasks)
     shown = [i * tasks // columns for i in range(columns)]
-    images = analysis.reconstruct(
-        fly.index,
-        repetition.sizes.inputs,
-        fly.readout[list(DIGITS)],
-        gains[shown],
-        generator=torch.Generator().manual_seed(repetition.number),
-    )
-    shape = repetition.test.images.shape[-2:]
-    images = images.mT.unflatten(1, shape).permute(3, 0, 1, 2)
+    table = images[shown][:, list(DIGITS)].transpose(0, 1)
     return {
         "digits": DIGITS,
         "tasks": [repetition.test.names[t] for t in shown],
-        "images": images.round(decimals=5).tolist(),
+        "images": table.unflatten(2, repetition.test.images.shape[-2:]).round(decimals=5).tolist(),
+        "class_found": best_match_share(images, means),
+        "task_found": best_match_share(images.transpose(0, 1), means.transpose(0, 1)),
     }
+
+
+def best_match_share(images: Tensor, means: Tensor) -> float:
+    """Share of images [A, B, I] whose best match among the B means of their row is their own.
+
+    The match is the cosine of what sets image and mean apart from the average of their row.
+    """
+    apart = [F.normalize(x - x.nanmean(1, keepdim=True), dim=2) for x in (images, means)]
+    match = (apart[0] @ apart[1].mT).nan_to_num(-1)  # a class without a test image has no mean
+    return float((match.argmax(2) == torch.arange(match.shape[2])).double().mean())
 
 
 class Dense(nn.Module):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.papers import report
-from benchmarks.papers.learners import DESCRIPTIONS
+from benchmarks.papers.learners import CLASSES, DESCRIPTIONS
 from neuromod_ext import analysis, plotting
 
 Record = dict[str, Any]
@@ -88,9 +88,9 @@ def markdown(records: dict[str, Record]) -> Iterator[str]:
         yield from ("", f"## {TITLES[name]}", "")
         yield from _accuracies(record)
         if record["contexts"]:
-            yield from ("", *(f"- {sentence}" for sentence in _contexts(record)))
-            if name == "augment":
-                yield from (f"- {sentence}" for sentence in _clusters(record))
+            sentences = [*_contexts(record), *_reconstructions(record)]
+            sentences += _clusters(record) if name == "augment" else []
+            yield from ("", *(f"- {sentence}" for sentence in sentences))
         yield ""
         yield from (f"![]({report.stem(record)}-{figure}.png)" for figure in _figure_names(record))
     if {"shift-1px", "shift-2px"} <= set(records):
@@ -144,6 +144,15 @@ def _contexts(record: Record) -> Iterator[str]:
             f"{max(score['p_value'] for score in scores):.2g}); the first pair is the more similar "
             f"one with probability {apart:.3f}"
         )
+
+
+def _reconstructions(record: Record) -> Iterator[str]:
+    images, tasks = record["contexts"][0]["reconstructions"], len(record["stream"]["tasks"])
+    yield (
+        f"of the inputs reconstructed from contexts, {100 * images['class_found']:.0f} % match the "
+        f"mean image of their own class best (by chance {100 / CLASSES:.0f} %), "
+        f"{100 * images['task_found']:.0f} % that of their own task ({100 / tasks:.0f} %)"
+    )
 
 
 def _clusters(record: Record) -> Iterator[str]:

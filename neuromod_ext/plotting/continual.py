@@ -54,6 +54,7 @@ def plot_learning(
             axes.plot(x, y.mean(0), label=model, linewidth=1.9, **style)
             axes.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.16, lw=0)
     step = -(-tasks // 12)
+    during.xaxis.get_major_locator().set_params(integer=True)
     during.set(xlabel="tasks learned", ylabel="accuracy (%)", ylim=(0, 100))
     during.set_title("mean over the tasks learned so far", fontsize=10)
     after.set_xticks(range(0, tasks, step), names[::step], rotation=45, ha="right", fontsize=8)
