@@ -102,6 +102,9 @@ def best_match_share(images: Tensor, means: Tensor) -> float:
 class Dense(nn.Module):
     """The fly's network for one task, as dense code has it: the hash is a product."""
 
+    dense: Tensor
+    readout: Tensor
+
     def __init__(self, fly: Fly, inputs: int) -> None:
         super().__init__()
         dense = torch.zeros(len(fly.index), inputs).scatter_(1, fly.index, 1.0)

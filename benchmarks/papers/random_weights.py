@@ -25,7 +25,7 @@ from neuromod_ext import continual
 from neuromod_ext.continual import TaskStream
 
 StreamName = Literal["rotation", "shift-1px", "shift-2px", "augment"]
-ModelName = Literal["fly", "sequential", "separate", "linear"]
+ModelName = Literal["fly", "layers", "sequential", "separate", "linear"]
 
 # Called with images, and with a seed for what is random in the images themselves.
 STREAMS: dict[StreamName, Callable[[Images, int], TaskStream]] = {
@@ -43,7 +43,8 @@ class RandomWeights:
     """Random weights under contexts: streams of tasks learned without forgetting.
 
     A wide network of fixed random weights learns task after task, each by a context of its own (a
-    gain of every hidden unit, and a strength). Beside it: an MLP that learns task after task over
+    gain of every hidden unit, and a strength). Beside it: dense random layers, each modulated in
+    the same way; an MLP that learns task after task over
     the last, as large as all contexts together; such an MLP for each task; and softmax regression
     for each task. Contexts are compared before and after training, and so are the representations
     of points; inputs are reconstructed. Finished tasks are kept: after an interruption the same
