@@ -33,7 +33,8 @@ def main(args: list[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        Console(stderr=True).print(f"interrupted: {experiment.if_interrupted}")
+        left = getattr(experiment, "if_interrupted", "nothing was written")
+        Console(stderr=True).print(f"interrupted: {left}")
         return 130
     return 0
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,8 +84,6 @@ class Rotated:
     """Threads of torch; more than one pays for larger images only."""
     out: Path = Path("figures")
     """Folder for the figures and the JSON."""
-
-    if_interrupted: ClassVar[str] = "nothing was written"
 
     def run(self, console: Console) -> None:
         """Train and test all models, print the table, write the figures and the JSON."""
