@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neuromod_ext.plotting.figures import STYLES, _figure
+from neuromod_ext.plotting._axes import STYLES, empty, single
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,9 +36,7 @@ def plot_task_structure(
     Raises:
         ImportError: There is no matplotlib.
     """
-    figure, first = _figure(11, 3.6 * len(networks), title)
-    first.remove()
-    figure.suptitle(title, fontsize=11)
+    figure = empty(11, 3.6 * len(networks), title)
     grid = figure.add_gridspec(len(networks), 3, width_ratios=(1.3, 1, 1))
     for row, (kind, (clusters, cosine, euclidean)) in enumerate(networks.items()):
         space: Any = figure.add_subplot(grid[row, 0], projection="3d")
@@ -86,9 +84,7 @@ def plot_co_optimisation(
     Raises:
         ImportError: There is no matplotlib.
     """
-    figure, first = _figure(13, 2.8 * len(runs), "")
-    first.remove()
-    figure.suptitle(title, fontsize=11)
+    figure = empty(13, 2.8 * len(runs), title)
     grid: Any = figure.subplots(len(runs), 4, squeeze=False)
     for (name, run), row in zip(runs.items(), grid, strict=True):
         _path(row[0], np.asarray(run["path"]), clusters)
@@ -121,7 +117,7 @@ def plot_success(rates: Mapping[str, tuple[float, float, float]], *, title: str 
     Raises:
         ImportError: There is no matplotlib.
     """
-    figure, axes = _figure(7.2, 0.9 + 0.32 * len(rates), title)
+    figure, axes = single(7.2, 0.9 + 0.32 * len(rates), title)
     at = np.arange(len(rates))[::-1]
     middle, low, high = np.array(list(rates.values())).T
     axes.barh(at, middle, color=STYLES[0]["color"], alpha=0.75, height=0.7)
@@ -151,7 +147,7 @@ def plot_accuracy_by_size(
     Raises:
         ImportError: There is no matplotlib.
     """
-    figure, axes = _figure(6.6, 4.4, title)
+    figure, axes = single(6.6, 4.4, title)
     for (name, band), style in zip(curves.items(), STYLES, strict=False):
         mean, half = (np.asarray(values, dtype=np.float64) for values in band)
         x = np.asarray(sizes[name])
