@@ -62,7 +62,7 @@ def plot_learning(
     for axes in (during, after):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
-        *during.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+        *during.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
     )
     return figure
 
