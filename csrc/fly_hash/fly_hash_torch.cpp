@@ -100,9 +100,9 @@ void run_backward(const char* op, FlyHashBackwardParams& p, const Tensor& index)
 }
 
 /// What the kernels read, and its owners.
-struct Operands {
-  Operands(const Tensor& input_, const Tensor& index_, const Tensor& gain_ = {}, const Tensor& readout_ = {},
-           const OptionalTensor& task_ = {})
+struct FlyOperands {
+  FlyOperands(const Tensor& input_, const Tensor& index_, const Tensor& gain_ = {}, const Tensor& readout_ = {},
+              const OptionalTensor& task_ = {})
       : input(dense_rows(input_)), index(index_.contiguous()), gain(gain_), readout(readout_) {
     p.dtype = to_dtype(input.scalar_type());
     p.long_index = index.scalar_type() == at::kLong;
@@ -136,7 +136,7 @@ Tensor fly_hash(const Tensor& input, const Tensor& index) {
   check_index(op, index, "input", input, input.size(1));
   const Tensor out = empty_result({input.size(0), index.size(0)}, input.options());
   if (out.numel() == 0) return out;
-  Operands operands(input, index);
+  FlyOperands operands(input, index);
   operands.p.output = mutable_view(out);
   run(op, input.device(), NEUROMOD_KERNEL(fly_hash), operands.p);
   return out;
@@ -151,7 +151,7 @@ Tensor fly_readout(const Tensor& input, const Tensor& index, const Tensor& gain,
   const Tensor out = at::empty({input.size(0), readout.size(0)}, input.options());
   if (out.numel() == 0) return out;
   if (index.size(0) == 0) return out.zero_();
-  Operands operands(input, index, gain, readout, task);
+  FlyOperands operands(input, index, gain, readout, task);
   operands.p.output = mutable_view(out);
   run(op, input.device(), NEUROMOD_KERNEL(fly_hash), operands.p);
   return out;
@@ -167,7 +167,7 @@ Tensor fly_hash_backward(const Tensor& grad_output, const Tensor& input, const T
   if (grad_input.numel() == 0) return grad_input;
   if (index.size(0) == 0) return grad_input.zero_();
   const Tensor grad = dense_rows(grad_output);
-  const Operands operands(input, index);
+  const FlyOperands operands(input, index);
   FlyHashBackwardParams p{};
   p.forward = operands.p;
   p.grad = view(grad);
@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> fly_readout_backward(const Tensor& grad_outpu
     return results;
   }
   const Tensor grad = dense_rows(grad_output);
-  const Operands operands(input, index, gain, readout, task);
+  const FlyOperands operands(input, index, gain, readout, task);
   FlyHashBackwardParams p{};
   p.forward = operands.p;
   p.grad = view(grad);
