@@ -205,12 +205,12 @@ struct Tf32Math {
 };
 
 /// float and double by multiply-adds: each thread takes its rows and columns, two deep at a time, of which its
-/// registers just hold four.
+/// registers just hold two.
 template <class T>
 struct PlainMath {
   using Element = T;
   using Acc = T;
-  static constexpr int kStep = 2, kStepsAtOnce = 4;
+  static constexpr int kStep = 2, kStepsAtOnce = 2;
 
   template <bool LeftAlong, bool RightAlong, class Shape, int Rows, int Cols, class Factors>
   static __device__ __forceinline__ void add(T (&at)[Rows][Cols][4], const T* left, const T* right, int m, int n, int d,
