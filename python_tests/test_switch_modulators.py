@@ -369,3 +369,10 @@ def test_refusals(name: str) -> None:
     with pytest.raises(error, match=re.escape(words)) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_overwriting_yields_the_same(kind: str, dtype: torch.dtype) -> None:
+    m, w = KINDS[kind](), vectors(3, dtype=dtype)
+    assert torch.equal(m.overwrite(w.clone()), m(w))
+    assert torch.equal(m.overwrite(w.clone(), inverse=True), m.inverse(w))

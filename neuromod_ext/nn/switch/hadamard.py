@@ -9,7 +9,7 @@ from neuromod_ext._seeded import Seeded
 from neuromod_ext.nn.switch.kronecker import kronecker_product
 from neuromod_ext.nn.switch.modulator import Modulator
 
-_LEVELS = 6  # a factor of 64 x 64 is a fast matrix product, and small beside the weights
+HADAMARD_LEVELS = 6  # a factor of 64 x 64 is a fast matrix product, and small beside the weights
 
 
 def hadamard_transform(x: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def hadamard_transform(x: Tensor) -> Tensor:
     levels = x.shape[-1].bit_length() - 1
     if levels == 0:
         return x
-    steps = -(-levels // _LEVELS)
+    steps = -(-levels // HADAMARD_LEVELS)
     pair = x.new_tensor([[1.0, 1.0], [1.0, -1.0]])
     factors = []
     for i in range(steps):
@@ -67,18 +67,22 @@ class Hadamard(Modulator):
         return blocks
 
     def _map(self, w: Tensor) -> Tensor:
-        for low, high, signs in self._blocks():
-            part = w[..., low:high] * (signs.to(w.dtype) * (high - low) ** -0.5)
-            w = torch.cat((w[..., :low], hadamard_transform(part), w[..., high:]), -1)
-        return w
+        return self._rotated(w, inverse=False)
 
     def _inverse(self, w: Tensor) -> Tensor:
-        for low, high, signs in reversed(self._blocks()):
-            part = hadamard_transform(w[..., low:high]) * (signs.to(w.dtype) * (high - low) ** -0.5)
-            w = torch.cat((w[..., :low], part, w[..., high:]), -1)
-        return w
+        return self._rotated(w, inverse=True)
 
     _transpose = _inverse
+
+    def _rotated(self, w: Tensor, inverse: bool) -> Tensor:
+        blocks = self._blocks()
+        for low, high, signs in reversed(blocks) if inverse else blocks:
+            part, factor = w[..., low:high], signs.to(w.dtype) * (high - low) ** -0.5
+            part = (
+                hadamard_transform(part) * factor if inverse else hadamard_transform(part * factor)
+            )
+            w = torch.cat((w[..., :low], part, w[..., high:]), -1)
+        return w
 
     def singular_range(self) -> tuple[float, float]:
         """Both are 1."""
@@ -87,5 +91,5 @@ class Hadamard(Modulator):
     def _roundings(self) -> float:
         # Of each rotation: sums of 2^6 terms at a time, of norm ≤ 2^3 ‖w‖; scale and its product.
         levels = self._first.bit_length() - 1
-        factors = -(-levels // _LEVELS)
-        return 2 * (factors * 2 ** (1.5 * min(_LEVELS, levels)) + 3)
+        factors = -(-levels // HADAMARD_LEVELS)
+        return 2 * (factors * 2 ** (1.5 * min(HADAMARD_LEVELS, levels)) + 3)

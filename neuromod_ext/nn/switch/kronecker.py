@@ -16,15 +16,15 @@ from neuromod_ext.nn.switch.structured import gains
 
 def kronecker_product(factors: Sequence[Tensor], w: Tensor) -> Tensor:
     """(F_1 ⊗ … ⊗ F_m) w of w [..., n], one factor at a time."""
-    batch, before = w.shape[:-1], 1
+    shape, before = w.shape, 1
     for factor in factors:
         size = len(factor)
-        after = w.shape[-1] // (before * size)
+        after = shape[-1] // (before * size)
         if after == 1:
             w = w.unflatten(-1, (before, size)) @ factor.T
         else:
             w = factor @ w.unflatten(-1, (before, size, after))
-        w = w.reshape(*batch, -1)
+        w = w.reshape(shape)
         before *= size
     return w
 

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from neuromod_ext.nn.switch.layers import TIED
 from neuromod_ext.nn.switch.modulator import Modulator
 from neuromod_ext.nn.switch.structured import BlockDiagonal
-
-RECURRENT = (nn.GRU, nn.LSTM)
-# By exact class: a subclass may use its weight in ways of its own.
-SWITCHED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def layout(model: nn.Module) -> Layout:
     biases: list[Slot] = []
     first: Tensor | None = None
     for module_name, module in model.named_modules():
-        if type(module) not in SWITCHED:
+        if type(module) not in TIED:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in tied:
@@ -143,8 +140,9 @@ def write(model: nn.Module, slots: Sequence[Slot], values: Tensor) -> None:
     """Set the parameters at some places to a vector, in place."""
     at = slots[0].begin
     for slot in slots:
-        part = values[slot.begin - at : slot.end - at]
-        slot.of(model).copy_(part.view(slot.shape))
+        part, parameter = values[slot.begin - at : slot.end - at], slot.of(model)
+        if part.data_ptr() != parameter.data_ptr():  # else it was overwritten
+            parameter.copy_(part.view(slot.shape))
 
 
 def _name(t: Tensor) -> str:

@@ -89,6 +89,20 @@ class Modulator(nn.Module, ABC):
     @abstractmethod
     def _transpose(self, w: Tensor) -> Tensor: ...
 
+    def overwrite(self, weights: Tensor, inverse: bool = False) -> Tensor:
+        """M w, or M⁻¹ w, in the memory of w where the kind can, else in new memory.
+
+        Arguments and errors as of a call; not differentiable.
+        """
+        with torch.no_grad():
+            return self._run(self._inverse_ if inverse else self._map_, weights)
+
+    def _map_(self, w: Tensor) -> Tensor:
+        return self._map(w)
+
+    def _inverse_(self, w: Tensor) -> Tensor:
+        return self._inverse(w)
+
     @abstractmethod
     def singular_range(self) -> tuple[float, float]:
         """The least and the largest singular value, or bounds below and above where it says so."""

@@ -73,6 +73,12 @@ class Diagonal(Modulator):
     def _inverse(self, w: Tensor) -> Tensor:
         return w / self.gain.to(w.dtype)
 
+    def _map_(self, w: Tensor) -> Tensor:
+        return w.mul_(self.gain)
+
+    def _inverse_(self, w: Tensor) -> Tensor:
+        return w.div_(self.gain)
+
     def singular_range(self) -> tuple[float, float]:
         """The extreme magnitudes of the gains."""
         size = self.gain.abs()

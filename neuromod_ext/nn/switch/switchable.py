@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,25 +13,12 @@ from torch import Tensor, nn
 
 from neuromod_ext import functional
 from neuromod_ext._checks import accumulation_dtype
+from neuromod_ext.nn.switch.inplace import Part, parts
+from neuromod_ext.nn.switch.layers import PLAIN, TIED, retyped
 from neuromod_ext.nn.switch.layout import Slot, flattened, layout, write
 from neuromod_ext.nn.switch.modulator import Modulator
-from neuromod_ext.nn.switch.structured import BlockDiagonal
-from neuromod_ext.nn.switch.tied import PLAIN, TIED, Ambient, Tied
-from neuromod_ext.topology import Discrete, Line, Simplex
-
-State = Tensor | float
-
-
-class Dose(Line):
-    """The dose of one modulator, a number in [0, 1]."""
-
-    _remedy = ""
-
-
-class Doses(Simplex):
-    """What is left of 1, and the doses of several modulators."""
-
-    _remedy = "; the first is what the doses leave of 1"
+from neuromod_ext.nn.switch.states import State, coefficients
+from neuromod_ext.nn.switch.tied import Ambient, Tied
 
 
 class Switchable(nn.Module):
@@ -83,7 +69,7 @@ class Switchable(nn.Module):
         super().__init__()
         self.layout = layout(model)
         _check_modulators(modulators, self.layout.num_weights, self.layout.dtype)
-        self.module = _retyped(copy.deepcopy(model), TIED)
+        self.module = retyped(copy.deepcopy(model), TIED)
         self.modulators = cast(Sequence[Modulator], nn.ModuleList(modulators))
         self.register_buffer("shift", self._checked_shift(shift))
         self.keep_original = keep_original
@@ -146,23 +132,8 @@ class Switchable(nn.Module):
         Returns:
             c, [B, K] or [K], K states; and the states, [B], or None.
         """
-        device, num_states = self.shift.device, len(self.modulators) + 1
-        sums = accumulation_dtype(self.layout.dtype)
-        given = torch.as_tensor(state, device=device)
-        if given.dtype is torch.bool:
-            given = given.long()
-        if not given.is_floating_point():
-            coeff = Discrete(num_states)(given)
-            return coeff.to(sums), given.long() if given.dim() == 1 else None
-        if num_states == 2:
-            return Dose()(given).to(sums), None
-        if given.shape[-1:] != (num_states - 1,):
-            raise ValueError(
-                f"Switchable: expected doses of shape [..., {num_states - 1}], one for each "
-                f"modulator, got {list(given.shape)}"
-            )
-        rest = 1 - given.sum(-1, keepdim=True)
-        return Doses(num_states)(torch.cat((rest, given), -1)).to(sums), None
+        num_states, device = len(self.modulators) + 1, self.shift.device
+        return coefficients(state, num_states, accumulation_dtype(self.layout.dtype), device)
 
     def points(self) -> dict[str, dict[str, Tensor]]:
         """Every switched parameter in all states, [K, ...], by layer and name; differentiable."""
@@ -194,10 +165,12 @@ class Switchable(nn.Module):
             )
         for part in self._parts(state):
             old = flattened(self.module, part.slots)
-            new = part.there(old)
             if self.keep_original:
-                self._kept.append((old.clone(), new))
-            write(self.module, part.slots, new)
+                kept = old.clone()
+                self._kept.append((kept, part.there(old.clone())))
+                write(self.module, part.slots, self._kept[-1][1])
+            else:
+                write(self.module, part.slots, part.there(old))
         self._set_state(state)
 
     @torch.no_grad()
@@ -242,7 +215,7 @@ class Switchable(nn.Module):
         coeff, _ = self.coefficients(state)
         if coeff.dim() != 1:
             raise ValueError(f"fold: expected one state or dose, got {len(coeff)}")
-        plain = _retyped(copy.deepcopy(self.module), PLAIN)
+        plain = retyped(copy.deepcopy(self.module), PLAIN)
         picked = int(coeff.argmax()) if bool((coeff == 1).any()) else None
         for path, layer in self.points().items():
             for name, basis in layer.items():
@@ -280,17 +253,8 @@ class Switchable(nn.Module):
         for layer in self._layers():
             layer.state = state
 
-    def _parts(self, state: int) -> list[_Part]:
-        """The maps of a state: of all weights, or of each layer's; and of the biases."""
-        modulator = self.modulators[state - 1]
-        slots = self.layout.weights
-        sizes = [slot.shape.numel() for slot in slots]
-        parts: list[_Part] = [_Weights(slots, modulator)]
-        if isinstance(modulator, BlockDiagonal) and modulator.sizes == sizes:
-            parts = [_Weights([s], m) for s, m in zip(slots, modulator.blocks, strict=True)]
-        if self.layout.biases:
-            parts.append(_Biases(self.layout.biases, self.shift[state - 1]))
-        return parts
+    def _parts(self, state: int) -> list[Part]:
+        return parts(self.layout, self.modulators[state - 1], self.shift[state - 1])
 
     def _checked_shift(self, shift: Tensor | None) -> Tensor:
         count, size = len(self.modulators), self.layout.num_biases
@@ -320,50 +284,6 @@ class Switchable(nn.Module):
         return self
 
 
-@dataclass
-class _Part(ABC):
-    """Some parameters, and how a state maps them."""
-
-    slots: Sequence[Slot]
-
-    @abstractmethod
-    def there(self, values: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def back(self, values: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def back_moved(self, difference: Tensor) -> Tensor: ...
-
-
-@dataclass
-class _Weights(_Part):
-    modulator: Modulator
-
-    def there(self, values: Tensor) -> Tensor:
-        return self.modulator(values)
-
-    def back(self, values: Tensor) -> Tensor:
-        return self.modulator.inverse(values)
-
-    def back_moved(self, difference: Tensor) -> Tensor:
-        return self.modulator.inverse(difference)
-
-
-@dataclass
-class _Biases(_Part):
-    shift: Tensor
-
-    def there(self, values: Tensor) -> Tensor:
-        return values + self.shift
-
-    def back(self, values: Tensor) -> Tensor:
-        return values - self.shift
-
-    def back_moved(self, difference: Tensor) -> Tensor:
-        return difference
-
-
 def _check_modulators(modulators: Sequence[Modulator], size: int, dtype: torch.dtype) -> None:
     if not modulators:
         raise ValueError("Switchable: expected at least one modulator, got none")
@@ -379,14 +299,6 @@ def _check_modulators(modulators: Sequence[Modulator], size: int, dtype: torch.d
                 "layout(model).num_weights counts them"
             )
         modulator.check(dtype)
-
-
-def _retyped(model: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
-    """The model with the classes of its layers exchanged; their attributes stay."""
-    for module in model.modules():
-        if type(module) in table:
-            module.__class__ = table[type(module)]
-    return model
 
 
 def _split(stacked: Tensor, slots: Sequence[Slot], found: dict[str, dict[str, Tensor]]) -> None:

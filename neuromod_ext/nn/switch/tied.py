@@ -116,12 +116,3 @@ class TiedConv3d(_TiedConv, nn.Conv3d):
     """``torch.nn.Conv3d``."""
 
     _convolve = staticmethod(functional.manifold_conv3d)
-
-
-TIED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: TiedLinear,
-    nn.Conv1d: TiedConv1d,
-    nn.Conv2d: TiedConv2d,
-    nn.Conv3d: TiedConv3d,
-}
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {tied: plain for plain, tied in TIED.items()}
