@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.papers import gates
+from benchmarks.papers import gates, switch_mnist
 from benchmarks.papers.__main__ import main
 from neuromod_ext.nn import switch as library
 
@@ -42,6 +42,10 @@ def test_a_row_of_the_batch_is_the_librarys_co_optimise(sizes: gates.Sizes, sche
     cycles = list(
         gates.co_optimise(runs, switch, (AND, XOR), period=4, cycles=3, lr=0.5, scheme=scheme)
     )
+    if scheme == "joint":
+        assert torch.equal(cycles[-1].path[-1], cycles[-1].parameters[0])
+    else:
+        assert cycles[-1].path.shape == (8, sizes.weights + sizes.biases)
     for r, net in enumerate(nets):
         m = library.Dense.random(sizes.weights, 5 + r)
         switchable = library.Switchable(net, m, shift=switch.v[r])
@@ -84,6 +88,16 @@ def test_starts_are_those_of_torch_in_distribution() -> None:
     assert abs(float(runs.w.mean())) < 0.05
 
 
+def test_the_path_is_where_the_network_was_trained() -> None:
+    runs = gates.Runs.start(gates.two_layers(3), 2)
+    switch = gates.Switch.draw("orthogonal", runs.sizes, 2)
+    (cycle,) = gates.co_optimise(runs, switch, (AND, XOR), period=2, cycles=1, lr=0.5)
+    n = runs.sizes.weights
+    torch.testing.assert_close((switch.inverse[0] @ cycle.path[-1, :n]), runs.w[0])
+    torch.testing.assert_close(cycle.path[-1, n:] - switch.v[0], runs.b[0])
+    assert float((cycle.path[2] - cycle.path[1]).norm()) > 0.5
+
+
 TINY = ["--starts", "6", "--cycles", "4", "--epochs", "6"]
 
 
@@ -113,6 +127,49 @@ def test_a_tiny_run(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert numbers["success"]["runs"] == 6
     if part == "and-or":
         assert [n["period"] for n in settings[:3]] == [3, 10, 30]
+
+
+def test_a_tiny_run_on_digits(tmp_path: Path) -> None:
+    options = ["--hidden", "3", "6", "--seeds", "2", "--epochs", "2", "--train-images", "400"]
+    assert main(["switch-classes", *options, "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "switch-classes-digits.json").read_text())
+    assert [(run["model"], run["hidden"]) for run in record["runs"]] == [
+        *(("extra input", 3), ("switch", 3), ("extra input", 6), ("switch", 6))
+    ]
+    for run in record["runs"]:
+        assert np.array(run["accuracy_by_seed_and_task"]).shape == (2, 2)
+        assert 10 < np.mean(run["accuracy_by_seed_and_task"]) < 100
+    switch, extra = (record["summary"][0]["parameters"][m] for m in ("switch", "extra input"))
+    assert extra - switch == 9 * switch_mnist.CHANNELS[0]
+
+
+def test_a_row_of_the_networks_is_an_ordinary_cnn_switched() -> None:
+    nets = switch_mnist.Networks("switch", 12, 4, 2, 0.1)
+    x = torch.randn(7, 1, 12, 12)
+    rows = switch_mnist.patches(x).expand(4, -1, -1, -1)
+    got = nets(rows)
+    for seed in range(2):
+        net = nn.Sequential(
+            nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 20, 3, 2, 1), nn.ReLU(),
+            nn.Flatten(2), nn.Linear(9, 9), nn.Flatten(), nn.Linear(180, 4), nn.ReLU(),
+            nn.Linear(4, 5),
+        )  # fmt: skip
+        net[5] = nn.Identity()
+        at = library.layout(net)
+        # the batched network flattens pixels first, channels last
+        w = nets.w[seed].detach().clone()
+        m = library.Hadamard(at.num_weights, seed)
+        for state, vector in ((0, w), (1, m(w))):
+            first, second, third, fourth = vector.split([o * i for o, i in nets.shapes])
+            b = nets.b[seed].detach() + state * nets.v[seed]
+            with torch.no_grad():
+                net[0].weight.copy_(first.view(8, 1, 3, 3))
+                net[2].weight.copy_(second.view(20, 8, 3, 3))
+                net[7].weight.copy_(third.view(4, 9, 20).transpose(1, 2).reshape(4, 180))
+                net[9].weight.copy_(fourth.view(5, 4))
+                for layer, bias in zip((0, 2, 7, 9), b.split([8, 20, 4, 5]), strict=True):
+                    net[layer].bias.copy_(bias)
+            torch.testing.assert_close(got[state * 2 + seed], net(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

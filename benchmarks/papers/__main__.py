@@ -9,11 +9,13 @@ from benchmarks.papers.random_weights import RandomWeights
 from benchmarks.papers.report import Failure
 from benchmarks.papers.rotated import Rotated
 from benchmarks.papers.switch import SwitchedGates
+from benchmarks.papers.switch_mnist import SwitchedDigits
 
 EXPERIMENTS = {
     "rotated": Rotated,
     "switch": SwitchedGates,
     "random-weights": RandomWeights,
+    "switch-classes": SwitchedDigits,
 }
 
 

@@ -184,12 +184,14 @@ class Cycle(NamedTuple):
         left: Shares right [2, R] of either state at the end of its own training.
         right: [2, R], at the end of the cycle, of both states of the same weights.
         parameters: [R, n + m], at the end.
+        path: [T, n + m], of the first run after each step, where it was trained: w or w'.
     """
 
     losses: Tensor
     left: Tensor
     right: Tensor
     parameters: Tensor
+    path: Tensor
 
 
 def co_optimise(
@@ -204,22 +206,31 @@ def co_optimise(
 ) -> Iterator[Cycle]:
     """As ``nn.switch.co_optimise``, of all runs at once, each with a modulator of its own."""
     for _ in range(cycles):
-        left = []
+        left, path = [], []
         if scheme == "joint":
-            steps = [seen for seen, _ in train_jointly(runs, switch, gates, period, lr)]
-            losses = torch.stack(steps, 1)
+            seen = []
+            for of_states, _ in train_jointly(runs, switch, gates, period, lr):
+                seen.append(of_states)
+                path.append(runs.parameters()[0])
+            losses = torch.stack(seen, 1)
         else:
-            first = [seen for seen, _ in train(runs, gates[0], period, lr)]
-            left.append(right(forward(runs.sizes, runs.w, runs.b), gates[0]))
-            runs.w, runs.b = switch.there(runs.w, runs.b)
-            second = [seen for seen, _ in train(runs, gates[1], period, lr)]
-            left.append(right(forward(runs.sizes, runs.w, runs.b), gates[1]))
+            periods = []
+            for state, gate in enumerate(gates):
+                if state:
+                    runs.w, runs.b = switch.there(runs.w, runs.b)
+                seen = []
+                for of_state, _ in train(runs, gate, period, lr):
+                    seen.append(of_state)
+                    path.append(runs.parameters()[0])
+                left.append(right(forward(runs.sizes, runs.w, runs.b), gate))
+                periods.append(torch.stack(seen))
             runs.w, runs.b = switch.back(runs.w, runs.b)
-            losses = torch.stack((torch.stack(first), torch.stack(second)))
+            losses = torch.stack(periods)
         states = (runs.w, runs.b), switch.there(runs.w, runs.b)
         shares = [
             right(forward(runs.sizes, *state), gate)
             for state, gate in zip(states, gates, strict=True)
         ]
         both = torch.stack(shares)
-        yield Cycle(losses, torch.stack(left) if left else both, both, runs.parameters())
+        ended = torch.stack(left) if left else both
+        yield Cycle(losses, ended, both, runs.parameters(), torch.stack(path))

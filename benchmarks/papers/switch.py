@@ -40,6 +40,7 @@ from neuromod_ext.plotting import switch as plotting
 
 Scheme = Literal["alternating", "joint"]
 PERIODS = (3, 10, 30)
+PATH = 2000  # epochs of the path that the figure draws
 WAYS: tuple[tuple[Kind, Scheme], ...] = (
     ("orthogonal", "alternating"),
     ("dense", "alternating"),
@@ -223,13 +224,13 @@ class SwitchedGates:
                 record["settings"].append(numbers)
                 sheet.add_row(kind, scheme, str(period), *_cells(numbers))
                 if kind == "orthogonal":
-                    path = torch.stack([cycle.parameters[0] for cycle in cycles])
+                    path = torch.cat([cycle.path for cycle in cycles])[:PATH]
                     plane, _ = principal_components(torch.cat((everything, path)), 2)
                     parts = plane[: len(everything)].split(self.starts)
                     losses = torch.cat([c.losses[:, :, 0].flatten() for c in cycles])
                     drawn[f"period {period}"] = {
                         "path": plane[len(everything) :],
-                        "losses": losses[:2000],
+                        "losses": losses[:PATH],
                         "peaks": numbers["peak_after_switch"]["median_by_cycle"],
                         "success": numbers["success_by_cycle"],
                     }
