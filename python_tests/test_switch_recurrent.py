@@ -80,10 +80,14 @@ def test_in_place_and_in_training(kind) -> None:
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
 def test_compile(kind) -> None:
+    """As torch's own recurrent layers: refused loudly, unless torch is told to try."""
     switch, x = switchable(kind, batch_first=True), torch.randn(4, 3, 3).double()
     d = torch.rand(4)
     run = torch.compile(switch, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(run(x, d)[0], switch(x, d)[0])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU, or LSTM"):
+        run(x, d)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        torch.testing.assert_close(run(x, d)[0], switch(x, d)[0])
 
 
 def test_refusals() -> None:

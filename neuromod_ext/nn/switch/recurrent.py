@@ -15,6 +15,7 @@ class _TiedRecurrent(Tied):
     """With points around the call, each sample runs with its own weights, in plain operations.
 
     All time steps of a layer's input enter its gates at once; the state's part goes step by step.
+    Like torch's own, these layers are compiled only with ``torch._dynamo.config.allow_rnn``.
     """
 
     def forward(self, input: Any, hx: Any = None) -> Any:

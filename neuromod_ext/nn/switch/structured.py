@@ -74,10 +74,10 @@ class Diagonal(Modulator):
         return w / self.gain.to(w.dtype)
 
     def _map_(self, w: Tensor) -> Tensor:
-        return w.mul_(self.gain)
+        return w.mul_(self.gain.to(w.dtype))
 
     def _inverse_(self, w: Tensor) -> Tensor:
-        return w.div_(self.gain)
+        return w.div_(self.gain.to(w.dtype))
 
     def singular_range(self) -> tuple[float, float]:
         """The extreme magnitudes of the gains."""
