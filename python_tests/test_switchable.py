@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import neuromod_ext as nm
 from neuromod_ext.nn.switch import (
+    Composition,
     Dense,
     Diagonal,
     Hadamard,
@@ -512,3 +513,18 @@ def test_other_parameters_stay_as_they_are() -> None:
     assert torch.equal(folded[1].weight, model[1].weight)
     assert not torch.equal(folded[2].weight, model[2].weight)
     assert nm.nn.switch.Switchable is Switchable
+
+
+def test_points_by_layer_are_those_of_the_whole() -> None:
+    model, x, given = cnn().eval(), data(), torch.tensor([0, 1, 2, 1, 0, 2, 2])
+    at = layout(model)
+    modulators = [
+        at.per_layer(lambda path, shape, s=s: Dense.random(shape.numel(), s)) for s in (1, 2)
+    ]
+    by_layer = Switchable(model, *modulators)
+    whole = Switchable(model, *(Composition(m) for m in modulators))
+    torch.testing.assert_close(by_layer.points(), whole.points())
+    for switch in (by_layer, whole):
+        switch(x, given).square().sum().backward()
+    for p, q in zip(by_layer.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)

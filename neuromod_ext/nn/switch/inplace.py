@@ -33,13 +33,21 @@ class Part:
 def parts(at: Layout, modulator: Modulator, shift: Tensor) -> list[Part]:
     """The maps of a state: of all weights, or of each layer's; and of the biases."""
     found = [_weights(at.weights, modulator)]
-    sizes = [slot.shape.numel() for slot in at.weights]
-    if isinstance(modulator, BlockDiagonal) and modulator.sizes == sizes:
-        pairs = zip(at.weights, modulator.blocks, strict=True)
+    blocks = layer_blocks(at, modulator)
+    if blocks is not None:
+        pairs = zip(at.weights, blocks, strict=True)
         found = [_weights([slot], block) for slot, block in pairs]
     if at.biases:
         found.append(Part(at.biases, lambda b: b + shift, lambda b: b - shift, lambda b: b))
     return found
+
+
+def layer_blocks(at: Layout, modulator: Modulator) -> Sequence[Modulator] | None:
+    """The modulator of each weight, if there is one for each."""
+    sizes = [slot.shape.numel() for slot in at.weights]
+    if isinstance(modulator, BlockDiagonal) and modulator.sizes == sizes:
+        return modulator.blocks
+    return None
 
 
 def _weights(slots: Sequence[Slot], modulator: Modulator) -> Part:

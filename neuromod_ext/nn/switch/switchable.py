@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from neuromod_ext import functional
 from neuromod_ext._checks import accumulation_dtype
-from neuromod_ext.nn.switch.inplace import Part, parts
+from neuromod_ext.nn.switch.inplace import Part, layer_blocks, parts
 from neuromod_ext.nn.switch.layers import PLAIN, TIED, retyped
 from neuromod_ext.nn.switch.layout import Slot, flattened, layout, write
 from neuromod_ext.nn.switch.modulator import Modulator
@@ -137,10 +137,16 @@ class Switchable(nn.Module):
 
     def points(self) -> dict[str, dict[str, Tensor]]:
         """Every switched parameter in all states, [K, ...], by layer and name; differentiable."""
-        w = flattened(self.module, self.layout.weights)
         found: dict[str, dict[str, Tensor]] = {}
-        stacked = torch.stack([w, *(modulator(w) for modulator in self.modulators)])
-        _split(stacked, self.layout.weights, found)
+        blocks = [layer_blocks(self.layout, modulator) for modulator in self.modulators]
+        if all(each is not None for each in blocks):  # spares copies of all weights
+            for slot, *ms in zip(self.layout.weights, *cast(Any, blocks), strict=True):
+                w = slot.of(self.module).flatten()
+                _split(torch.stack([w, *(m(w) for m in ms)]), [slot], found)
+        else:
+            w = flattened(self.module, self.layout.weights)
+            stacked = torch.stack([w, *(modulator(w) for modulator in self.modulators)])
+            _split(stacked, self.layout.weights, found)
         if self.layout.biases:
             b = flattened(self.module, self.layout.biases)
             _split(torch.stack([b, *(b + v for v in self.shift)]), self.layout.biases, found)
@@ -302,8 +308,9 @@ def _check_modulators(modulators: Sequence[Modulator], size: int, dtype: torch.d
 
 
 def _split(stacked: Tensor, slots: Sequence[Slot], found: dict[str, dict[str, Tensor]]) -> None:
+    at = slots[0].begin
     for slot in slots:
-        part = stacked[:, slot.begin : slot.end].unflatten(1, slot.shape)
+        part = stacked[:, slot.begin - at : slot.end - at].unflatten(1, slot.shape)
         found.setdefault(slot.module, {})[slot.name] = part
 
 
