@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -45,8 +46,8 @@ class _Fixed(nn.Module):
             fixed = given.detach().clone()
         self.register_buffer(self._name, fixed.to(device, dtype), persistent=self.given)
 
-    def _drawn(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _drawn(self) -> Tensor: ...
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

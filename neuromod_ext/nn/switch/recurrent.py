@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -71,8 +72,8 @@ class _TiedRecurrent(Tied):
             outputs.append(state[0])
         return torch.stack(outputs, 1), state
 
-    def _step(self, x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def _step(self, x: Tensor, h: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]: ...
 
 
 class TiedGRU(_TiedRecurrent, nn.GRU):
