@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "fused_function.h"
+
 #ifndef NEUROMOD_CUDA_VERSION
 #define NEUROMOD_CUDA_VERSION ""
 #define NEUROMOD_CUDA_ARCHS ""
@@ -73,4 +75,5 @@ PYBIND11_MODULE(_C, m) {
       "taken, unless NEUROMOD_PLAN (on CUDA, NEUROMOD_CUDA_PLAN) names one that can. num_local is the number of "
       "coefficients of a "
       "sample of manifold_linear_local, 0 for manifold_linear.");
+  neuromod::define_fused_function(m);
 }

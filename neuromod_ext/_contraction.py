@@ -12,11 +12,14 @@ from torch.autograd import Function
 
 from neuromod_ext import reference
 from neuromod_ext._ops import EXTENSION, OPS
-from neuromod_ext._transforms import tangents_active, transform_active
-from neuromod_ext.reference import INTERPOLATE_WEIGHTS, Form
+from neuromod_ext._transforms import surrounded, tangents_active, transform_active
+from neuromod_ext.reference import Form
 
 Operands = Sequence[Tensor]
 Contract = Callable[..., Tensor]
+
+# Ops with a fused gradient, as eager code calls them; see neuromod_ext._derivatives.
+NODES: dict[str, Callable[..., Tensor]] = {}
 
 
 def raw(name: str, *args: Any) -> Any:
@@ -56,19 +59,6 @@ def form_vjp(
         call(form, name, *(known[other] for other in form.operands(name))) if need else None
         for name, need in zip(form.operands(result), needs, strict=True)
     ]
-
-
-def fuses(form: Form, result: str, needs: Sequence[bool]) -> bool:
-    """Whether one op, which has no derivative itself, yields the gradients of ``result`` at once.
-
-    Only of interpolate_weights: manifold_linear has a bias, and looks after itself.
-    """
-    return (
-        form is INTERPOLATE_WEIGHTS
-        and result == "output"
-        and all(needs)
-        and not (torch.is_grad_enabled())
-    )
 
 
 def form_jvp(
@@ -117,8 +107,6 @@ class ContractionFunction(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         form, result, values = ctx.form, ctx.result, ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
-        if fuses(form, result, needs) and not (transform_active() or tangents_active()):
-            return (None, None, *raw(form.backward, grad, *values, list(needs)))
         return (None, None, *form_vjp(form, result, values, grad, needs, contract))
 
     @staticmethod
@@ -145,6 +133,8 @@ def contract(form: Form, result: str, *values: Tensor) -> Tensor:
         return cast(Tensor, getattr(reference, name)(*values))
     if torch.compiler.is_compiling():
         return cast(Tensor, registered(name, *values))
+    if name in NODES and not surrounded():
+        return NODES[name](*values)
     if underivable(*values):
         return cast(Tensor, raw(name, *values))
     return apply(ContractionFunction, form, result, *values)

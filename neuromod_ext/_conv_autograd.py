@@ -12,55 +12,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from neuromod_ext._contraction import Contract, apply, contract, raw, registered, underivable
+from neuromod_ext._contraction import NODES, Contract, registered
 from neuromod_ext._conv_checks import Options
-from neuromod_ext._ops import EXTENSION, OPS
-from neuromod_ext._transforms import tangents_active, transform_active
-from neuromod_ext.reference import INTERPOLATE_WEIGHTS, Form
-
-Gradients = tuple[Tensor | None, ...]
+from neuromod_ext._derivatives import Gradients, differentiable
+from neuromod_ext.reference import INTERPOLATE_WEIGHTS
 
 
-class ManifoldConvFunction(Function):
-    """manifold_conv; never applied under a transform."""
-
-    @staticmethod
-    def forward(
-        input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None, options: Options
-    ) -> Tensor:
-        return cast(Tensor, raw("manifold_conv", input, basis, coeff, bias, *options))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.options = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled() or transform_active() or tangents_active():
-            grads = _vjp(saved, grad, needs, ctx.options, contract)
-        else:
-            grads = _fused_vjp(saved, grad, needs, ctx.options, raw)
-        return (*grads, None)
-
-
-def _fused_vjp(
-    saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], options: Options, call: Any
-) -> Gradients:
-    """The gradients of input, basis, coeff and bias by one op, which has no derivative."""
-    grads = call("manifold_conv_backward", grad, *saved, *options, list(needs))
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
-
-
-def _vjp(
-    saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], options: Options, call: Contract
-) -> Gradients:
-    """The same, differentiable: through each sample's kernel."""
+def _vjp(call: Contract, args: Sequence[Any], grad: Tensor, needs: Sequence[bool]) -> Gradients:
+    """The gradients of input, basis, coeff and bias, differentiable: by each sample's kernel."""
     with torch.autocast(grad.device.type, enabled=False):  # sums keep the dtype of coeff
-        return _full_precision_vjp(saved, grad, needs, options, call)
+        return _full_precision_vjp(args[:4], grad, needs, Options(*args[4:]), call)
 
 
 def _full_precision_vjp(
@@ -125,39 +87,7 @@ def manifold_conv(
     """The op, differentiable; not for a call that a transform or tangents surround."""
     if torch.compiler.is_compiling():
         return cast(Tensor, registered("manifold_conv", input, basis, coeff, bias, *options))
-    if underivable(input, basis, coeff, bias):
-        return cast(Tensor, raw("manifold_conv", input, basis, coeff, bias, *options))
-    return apply(ManifoldConvFunction, input, basis, coeff, bias, options)
+    return NODES["manifold_conv"](input, basis, coeff, bias, *options)
 
 
-def _register_autograd() -> None:
-    """The same derivative formulas for the registered op, which compiled code calls."""
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.options = Options(*inputs[4:])
-
-    def call(form: Form, result: str, *values: Tensor) -> Tensor:
-        return cast(Tensor, OPS[form.ops[result][0]](*values))
-
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
-            grads = _vjp(saved, grad, needs, ctx.options, call)
-        else:
-            grads = _fused_vjp(saved, grad, needs, ctx.options, registered)
-        return (*grads, *[None] * 4)
-
-    def refuse(ctx: Any, *grads: Tensor | None) -> None:
-        raise NotImplementedError(
-            "manifold_conv_backward: expected no derivative of this op to be asked for; "
-            "differentiate manifold_conv with create_graph=True"
-        )
-
-    name = "neuromod_ext::manifold_conv"
-    torch.library.register_autograd(name, backward, setup_context=save)
-    torch.library.register_autograd(f"{name}_backward", refuse)
-
-
-if EXTENSION:
-    _register_autograd()
+differentiable("manifold_conv", (0, 1, 2, 3), _vjp)

@@ -12,71 +12,27 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional as F
 
 from neuromod_ext import _checks, _fly_checks, reference
-from neuromod_ext._contraction import apply, raw, registered, underivable, use_reference
-from neuromod_ext._ops import EXTENSION
+from neuromod_ext._contraction import NODES, Contract, registered, use_reference
+from neuromod_ext._derivatives import Gradients, differentiable
 from neuromod_ext._transforms import low_precision, size_left_open, surrounded
 
-Gradients = tuple[Tensor | None, ...]
+
+def _hash_vjp(
+    call: Contract, args: Sequence[Any], grad: Tensor, needed: Sequence[bool]
+) -> Gradients:
+    return (reference.fly_hash_backward(grad, *args),)
 
 
-class FlyHashFunction(Function):
-    """fly_hash; never applied under a transform."""
-
-    @staticmethod
-    def forward(input: Tensor, index: Tensor) -> Tensor:
-        return cast(Tensor, raw("fly_hash", input, index))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        again = torch.is_grad_enabled() or surrounded()
-        return _hash_vjp(ctx.saved_tensors, grad, None if again else raw)
-
-
-def _hash_vjp(saved: Sequence[Any], grad: Tensor, call: Any) -> Gradients:
-    """The gradients of input and index, by ``call``, or differentiable in turn if that is None."""
-    if call is None:
-        return reference.fly_hash_backward(grad, *saved), None
-    return call("fly_hash_backward", grad, *saved), None
-
-
-class FlyReadoutFunction(Function):
-    """fly_readout; never applied under a transform."""
-
-    @staticmethod
-    def forward(
-        input: Tensor, index: Tensor, gain: Tensor, readout: Tensor, task: Tensor | None
-    ) -> Tensor:
-        return cast(Tensor, raw("fly_readout", input, index, gain, readout, task))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        again = torch.is_grad_enabled() or surrounded()
-        return _readout_vjp(ctx.saved_tensors, grad, ctx.needs_input_grad, None if again else raw)
-
-
-def _readout_vjp(saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], call: Any) -> Gradients:
-    """The gradients of input, index, gain, readout and task; ``call`` as in :func:`_hash_vjp`."""
-    needed = [needs[0], needs[2], needs[3]]
-    input, index, gain, readout, task = saved
-    if call is None:
-        with torch.autocast(grad.device.type, enabled=False):  # sums keep their dtype
-            grads = reference.fly_readout_backward(grad, input, index, gain, readout, task, needed)
-    else:
-        grads = call("fly_readout_backward", grad, input, index, gain, readout, task, needed)
-    of = [g if need else None for g, need in zip(grads, needed, strict=True)]
-    return of[0], None, of[1], of[2], None
+def _readout_vjp(
+    call: Contract, args: Sequence[Any], grad: Tensor, needed: Sequence[bool]
+) -> Gradients:
+    input, index, gain, readout, task = args
+    with torch.autocast(grad.device.type, enabled=False):  # sums keep their dtype
+        grads = reference.fly_readout_backward(grad, input, index, gain, readout, task, needed)
+    return tuple(g if need else None for g, need in zip(grads, needed, strict=True))
 
 
 def _fly_hash(input: Tensor, index: Tensor) -> Tensor:
@@ -84,9 +40,7 @@ def _fly_hash(input: Tensor, index: Tensor) -> Tensor:
         return reference.fly_hash(input, index)
     if torch.compiler.is_compiling():
         return cast(Tensor, registered("fly_hash", input, index))
-    if underivable(input):
-        return cast(Tensor, raw("fly_hash", input, index))
-    return apply(FlyHashFunction, input, index)
+    return NODES["fly_hash"](input, index)
 
 
 def _fly_readout(
@@ -96,9 +50,7 @@ def _fly_readout(
         return reference.fly_readout(input, index, gain, readout, task)
     if torch.compiler.is_compiling():
         return cast(Tensor, registered("fly_readout", input, index, gain, readout, task))
-    if underivable(input, gain, readout):
-        return cast(Tensor, raw("fly_readout", input, index, gain, readout, task))
-    return apply(FlyReadoutFunction, input, index, gain, readout, task)
+    return NODES["fly_readout"](input, index, gain, readout, task)
 
 
 def fly_hash(input: Tensor, index: Tensor) -> Tensor:
@@ -215,35 +167,5 @@ def gain_linear(
     return F.linear(input, weight, bias)
 
 
-def _register_autograd() -> None:
-    """The same derivative formulas for the registered ops, which compiled code calls."""
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    def hash_backward(ctx: Any, grad: Tensor) -> Gradients:
-        call = None if torch.is_grad_enabled() else registered
-        return _hash_vjp(ctx.saved_tensors, grad, call)
-
-    def readout_backward(ctx: Any, grad: Tensor) -> Gradients:
-        saved = (*ctx.saved_tensors, None)[:5]  # torch leaves a default argument out
-        needs, call = ctx.needs_input_grad, None if torch.is_grad_enabled() else registered
-        return _readout_vjp(saved, grad, needs, call)[: len(needs)]
-
-    def refuse(ctx: Any, *grads: Tensor | None) -> None:
-        raise NotImplementedError(
-            "fly_readout_backward, fly_hash_backward: expected no derivative of this op to be "
-            "asked for; differentiate fly_readout or fly_hash with create_graph=True"
-        )
-
-    def register(name: str, backward: Any, **setup: Any) -> None:
-        torch.library.register_autograd(f"neuromod_ext::{name}", backward, **setup)
-
-    register("fly_hash", hash_backward, setup_context=save)
-    register("fly_readout", readout_backward, setup_context=save)
-    register("fly_hash_backward", refuse)
-    register("fly_readout_backward", refuse)
-
-
-if EXTENSION:
-    _register_autograd()
+differentiable("fly_hash", (0,), _hash_vjp)
+differentiable("fly_readout", (0, 2, 3), _readout_vjp)

@@ -2,18 +2,19 @@
 
 Which wrapping a call takes depends on what surrounds it:
 
-- eager (``vmap``, ``jvp``, ``grad`` and their compositions included): an autograd ``Function``
-  with ``backward``, ``jvp`` and ``vmap``; the op itself where no derivative can be asked for;
+- eager: a node of the graph that is made in C++ (csrc/fused_function.cpp), in a fraction of the
+  time that Python takes; the op itself where no derivative can be asked for;
+- ``vmap``, ``jvp``, ``grad``, their compositions and forward-mode tangents: an autograd
+  ``Function`` with ``backward``, ``jvp`` and ``vmap``;
 - while ``torch.compile`` or ``torch.export`` traces: the registered op, whose derivative formula
   is registered too;
 - a ``torch.func`` transform inside compiled code: the einsum reference, which Dynamo sees through.
 
-No single wrapping does all three: a ``Function`` with ``jvp`` is refused by Dynamo, and a
-registered op drops tangents in eager ``jvp``.
+No single wrapping does all: a ``Function`` with ``jvp`` is refused by Dynamo, a registered op drops
+tangents in eager ``jvp``, and torch maps no node made in C++.
 
-The backward of ``manifold_linear`` takes one of two ways. If nothing can differentiate it in turn,
-one fused op yields all gradients; otherwise each gradient is an op of the form by itself, which is
-differentiable.
+Backward takes one of two ways. If nothing can differentiate it in turn, one fused op yields all
+gradients; otherwise each gradient is an op of the form by itself, which is differentiable.
 """
 
 from __future__ import annotations
@@ -27,20 +28,21 @@ from torch.autograd import Function
 
 from neuromod_ext import _checks, reference
 from neuromod_ext._contraction import (
+    NODES,
     Contract,
     apply,
     contract,
     form_jvp,
     form_vjp,
     form_vmap,
-    fuses,
     raw,
     registered,
     underivable,
     use_reference,
 )
+from neuromod_ext._derivatives import Gradients, differentiable
 from neuromod_ext._ops import EXTENSION
-from neuromod_ext._transforms import tangents_active, transform_active
+from neuromod_ext._transforms import surrounded, transform_active
 from neuromod_ext.reference import INTERPOLATE_WEIGHTS, MANIFOLD_LINEAR, Form, densified, positions
 
 
@@ -70,10 +72,7 @@ class ManifoldLinearFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled() or transform_active() or tangents_active():
-            return _manifold_linear_vjp(saved, grad, needs, contract)
-        return _manifold_linear_fused_vjp(saved, grad, needs, raw)
+        return (*_linear_vjp(contract, ctx.saved_tensors, grad, ctx.needs_input_grad[:4]), None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
@@ -114,6 +113,10 @@ class ManifoldLinearFunction(Function):
         return out, 0
 
 
+def _node(name: str, *args: Any) -> Tensor:
+    return NODES[name](*args)
+
+
 def _linear(
     call: Callable[..., Any],
     input: Tensor,
@@ -128,28 +131,14 @@ def _linear(
     return cast(Tensor, call("manifold_linear_local", input, basis, index, coeff, bias))
 
 
-def _manifold_linear_fused_vjp(
-    saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], call: Callable[..., Any]
-) -> tuple[Tensor | None, ...]:
-    """The gradients of input, basis, coeff, bias and index by one op, which has no derivative."""
-    input, basis, coeff, bias, index = saved
-    needed = list(needs[:4])
-    if index is None:
-        grads = call("manifold_linear_backward", grad, input, basis, coeff, bias, needed)
-    else:
-        name = "manifold_linear_local_backward"
-        grads = call(name, grad, input, basis, index, coeff, bias, needed)
-    return (*(g if need else None for g, need in zip(grads, needed, strict=True)), None)
-
-
-def _manifold_linear_vjp(
-    saved: Sequence[Any], grad: Tensor, needs: Sequence[bool], call: Contract
-) -> tuple[Tensor | None, ...]:
-    """The same, differentiable."""
-    input, basis, coeff, bias, index = saved
-    given = coeff
-    if index is not None:
-        coeff = densified(index, coeff, basis.shape[0])
+def _linear_vjp(
+    call: Contract, args: Sequence[Any], grad: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    """The gradients of input, basis, coeff and bias, differentiable; an index may follow those."""
+    input, basis, given, bias, *index = args
+    coeff, local = given, bool(index) and index[0] is not None
+    if local:
+        coeff = densified(index[0], coeff, basis.shape[0])
     values = (input, basis, coeff)
     grads = form_vjp(MANIFOLD_LINEAR, "output", values, grad, needs[:3], call)
     grad_bias = None
@@ -161,9 +150,22 @@ def _manifold_linear_vjp(
             grads[2] = grads[2] + torch.matmul(sample_grad, bias.to(coeff.dtype).mT)
         if needs[3]:
             grad_bias = torch.matmul(coeff.mT, sample_grad).to(bias.dtype)
-    if index is not None and grads[2] is not None:
-        grads[2] = grads[2].gather(-1, positions(index, given.shape[-1], basis.shape[0]))
-    return (*grads, grad_bias, None)
+    if local and grads[2] is not None:
+        grads[2] = grads[2].gather(-1, positions(index[0], given.shape[-1], basis.shape[0]))
+    return (*grads, grad_bias)
+
+
+def _local_vjp(
+    call: Contract, args: Sequence[Any], grad: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    input, basis, index, coeff, bias = args
+    return _linear_vjp(call, (input, basis, coeff, bias, index), grad, needs)
+
+
+def _interpolate_vjp(
+    call: Contract, args: Sequence[Any], grad: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    return form_vjp(INTERPOLATE_WEIGHTS, "output", args, grad, needs, call)
 
 
 class ManifoldMetricFunction(Function):
@@ -240,8 +242,8 @@ def manifold_linear(
         return reference.manifold_linear(input, basis, coeff, bias)
     if torch.compiler.is_compiling():
         return _linear(registered, input, basis, coeff, bias, index)
-    if underivable(input, basis, coeff, bias):
-        return _linear(raw, input, basis, coeff, bias, index)
+    if not surrounded():
+        return _linear(_node, input, basis, coeff, bias, index)
     return apply(ManifoldLinearFunction, input, basis, coeff, bias, index)
 
 
@@ -262,7 +264,7 @@ def manifold_metric(coeff: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _register_autograd() -> None:
-    """The same derivative formulas for the registered ops, which compiled code calls."""
+    """The same derivative formulas for the other registered ops, which compiled code calls."""
 
     def call(form: Form, result: str, *values: Tensor) -> Tensor:
         return cast(Tensor, registered(form.ops[result][0], *values))
@@ -276,55 +278,22 @@ def _register_autograd() -> None:
     def register_contraction(form: Form, result: str) -> None:
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             values, needs = ctx.saved_tensors, ctx.needs_input_grad
-            if fuses(form, result, needs):
-                return tuple(registered(form.backward, grad, *values, list(needs)))
             return tuple(form_vjp(form, result, values, grad, needs, call))
 
         register(form.ops[result][0], backward)
 
-    def linear_gradients(
-        saved: Sequence[Any], grad: Tensor, needs: Sequence[bool]
-    ) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return _manifold_linear_vjp(saved, grad, needs, call)
-        return _manifold_linear_fused_vjp(saved, grad, needs, registered)
-
-    def linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = (*ctx.needs_input_grad, False)[:4]  # torch leaves a default argument out
-        return linear_gradients((*ctx.saved_tensors, None), grad, needs)[:4]
-
-    def linear_local(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, basis, index, coeff, bias = ctx.saved_tensors
-        needs = (*ctx.needs_input_grad, False)[:5]
-        needs = needs[:2] + needs[3:]
-        grads = linear_gradients((input, basis, coeff, bias, index), grad, needs)
-        return grads[0], grads[1], None, grads[2], grads[3]
-
-    def register_underivable(name: str, form: Form) -> None:
-        others = ", ".join(op for result, (op, _) in form.ops.items() if result != "output")
-
-        def refuse(ctx: Any, *grads: Tensor | None) -> None:
-            raise NotImplementedError(
-                f"{name}: expected no derivative of this op to be asked for; call {others}, "
-                "which have one"
-            )
-
-        register(name, refuse)
-
     for form in (MANIFOLD_LINEAR, INTERPOLATE_WEIGHTS):
-        for result, (name, _) in form.ops.items():
-            if name != "manifold_linear":
+        for result in form.ops:
+            if result != "output":
                 register_contraction(form, result)
-    register("manifold_linear", linear)
-    register("manifold_linear_local", linear_local)
-    for form in (MANIFOLD_LINEAR, INTERPOLATE_WEIGHTS):
-        register_underivable(form.backward, form)
-    register_underivable("manifold_linear_local_backward", MANIFOLD_LINEAR)
     register(
         "manifold_metric",
         lambda ctx, grad: _manifold_metric_vjp(ctx.saved_tensors, grad, ctx.needs_input_grad),
     )
 
 
+differentiable("manifold_linear", (0, 1, 2, 3), _linear_vjp)
+differentiable("manifold_linear_local", (0, 1, 3, 4), _local_vjp)
+differentiable("interpolate_weights", (0, 1), _interpolate_vjp)
 if EXTENSION:
     _register_autograd()

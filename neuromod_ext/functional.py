@@ -84,7 +84,7 @@ def manifold_linear(
 
 def _manifold_linear(input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor | None) -> Tensor:
     one_condition = coeff.dim() == 1 or (coeff.dim() == 2 and coeff.shape[0] == 1)
-    if not one_condition or input.dim() == 0:
+    if not one_condition or input.dim() == 0 or _one_row(input, coeff):
         return autograd.manifold_linear(input, basis, coeff, bias)
     rows, condition = input.unsqueeze(0), coeff.reshape(1, -1)
     if input.dim() == 1 or _folds_in_cache(input):
@@ -94,6 +94,11 @@ def _manifold_linear(input: Tensor, basis: Tensor, coeff: Tensor, bias: Tensor |
     if bias is not None:
         bias = autograd.interpolate_weights(bias, condition).squeeze(0)
     return F.linear(input, weight, bias)
+
+
+def _one_row(input: Tensor, coeff: Tensor) -> bool:
+    """Whether a call of one condition is of one sample without tokens, which the op takes as is."""
+    return coeff.dim() == 2 and input.dim() == 2 and input.shape[0] == 1 and _folds_in_cache(input)
 
 
 def _folds_in_cache(input: Tensor) -> bool:

@@ -35,14 +35,12 @@ class Form:
     """A multilinear form: the subscripts of each operand, and the op that yields each one.
 
     ``ops`` maps an operand to the name of the op that contracts the others, and to their order in
-    its signature; ``backward`` is the op that yields all gradients of the output at once. The
-    operand ``coeff`` has the accumulation dtype, all others share one dtype. Subscript ``t``
-    stands for any number of dimensions.
+    its signature. The operand ``coeff`` has the accumulation dtype, all others share one dtype.
+    Subscript ``t`` stands for any number of dimensions.
     """
 
     subscripts: dict[str, str]
     ops: dict[str, tuple[str, tuple[str, ...]]]
-    backward: str
 
     def operands(self, result: str) -> tuple[str, ...]:
         """The operands, in order, of the op that yields ``result``."""
@@ -95,7 +93,6 @@ MANIFOLD_LINEAR = Form(
         "basis": ("manifold_linear_grad_basis", ("output", "input", "coeff")),
         "coeff": ("manifold_linear_grad_coeff", ("output", "input", "basis")),
     },
-    "manifold_linear_backward",
 )
 INTERPOLATE_WEIGHTS = Form(
     {"basis": "kt", "coeff": "bk", "output": "bt"},
@@ -104,7 +101,6 @@ INTERPOLATE_WEIGHTS = Form(
         "basis": ("interpolate_weights_grad_basis", ("output", "coeff")),
         "coeff": ("interpolate_weights_grad_coeff", ("output", "basis")),
     },
-    "interpolate_weights_backward",
 )
 
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import neuromod_ext.functional as MF
-from neuromod_ext import autograd
+from neuromod_ext import _transforms
 
 OURS = {
     "manifold_linear": ("manifold_linear", "manifold_linear_backward"),
@@ -65,7 +65,7 @@ def test_transform_active() -> None:
     seen: list[bool] = []
 
     def spy(x: torch.Tensor) -> torch.Tensor:
-        seen.append(autograd.transform_active())
+        seen.append(_transforms.transform_active())
         return x.sin().sum()
 
     x = torch.ones(3)
@@ -82,11 +82,11 @@ def test_transform_active() -> None:
 
 def test_tangents_active() -> None:
     """Likewise."""
-    seen = [autograd.tangents_active()]
+    seen = [_transforms.tangents_active()]
     with forward_ad.dual_level():
-        seen.append(autograd.tangents_active())
+        seen.append(_transforms.tangents_active())
     assert seen == [False, True]
-    assert not autograd.tangents_active()
+    assert not _transforms.tangents_active()
 
 
 @pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
@@ -126,7 +126,7 @@ def test_what_a_transform_left_behind() -> None:
 @pytest.mark.parametrize("inside", [False, True])
 def test_transform_active_in_compiled_code(inside: bool) -> None:
     def branch(x: torch.Tensor) -> torch.Tensor:
-        return (x * 2 if autograd.transform_active() else x * 3).sum()
+        return (x * 2 if _transforms.transform_active() else x * 3).sum()
 
     function = grad(branch) if inside else branch
     out = torch.compile(function, fullgraph=True, backend="aot_eager")(torch.ones(2))

@@ -217,7 +217,7 @@ def test_plan(x_shape, P_shape, options, want, monkeypatch) -> None:
         assert _conv.plan(args[0], args[1], walk(*args[:2], **options)) == plan
         leaves = [t.clone().requires_grad_() for t in args]
         out = OURS[len(x_shape) - 2](*leaves, **options)
-        assert (type(out.grad_fn).__name__ == "ManifoldConvFunctionBackward") == (plan == "windows")
+        assert ("FusedFunction" in out.grad_fn.name()) == (plan == "windows")
         results.append((out, *torch.autograd.grad(out.sin().sum(), leaves)))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-12)
