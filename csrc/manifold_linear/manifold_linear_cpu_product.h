@@ -1,24 +1,82 @@
-// torch's matrix product (MKL, oneDNN) on the kernels' operands.
+// torch's matrix product (MKL, OpenBLAS, oneDNN) on the kernels' operands.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/from_blob.h>
 
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
 #include "common/tile_product.h"
+
+// The BLAS that torch is linked to, if its library lets others call it. Small products take less time than tensors that
+// would carry them to it.
+extern "C" {
+[[gnu::weak]] void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
+                          const int*, const float*, const int*, const float*, float*, const int*);
+[[gnu::weak]] void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*, const double*,
+                          const int*, const double*, const int*, const double*, double*, const int*);
+}
 
 namespace neuromod {
 
-/// A tensor that borrows a matrix.
+/// A matrix of dense rows that somebody else owns, or with `transposed` the transpose of one.
 template <class T>
-at::Tensor matrix(const T* data, int64_t rows, int64_t cols, int64_t stride, int64_t col_stride = 1) {
-  constexpr auto dtype = c10::CppTypeToScalarType<typename detail::TorchType<T>::type>::value;
-  return at::from_blob(const_cast<T*>(data), {rows, cols}, {stride, col_stride}, dtype);
+struct Matrix {
+  T* data;
+  int64_t rows, cols, stride;
+  bool transposed = false;
+
+  Matrix t() const { return {data, cols, rows, stride, !transposed}; }
+};
+
+template <class T>
+Matrix<T> matrix(const T* data, int64_t rows, int64_t cols, int64_t stride) {
+  return {const_cast<T*>(data), rows, cols, stride};
 }
 
-/// out = a b, or with `add` out += a b.
-inline void torch_product(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add) {
-  at::cpu::addmm_(out, a, b, add ? 1 : 0, 1);
+namespace detail {
+
+template <class T>
+at::Tensor borrowed(const Matrix<T>& m) {
+  constexpr auto dtype = c10::CppTypeToScalarType<typename TorchType<T>::type>::value;
+  if (m.transposed) return at::from_blob(m.data, {m.rows, m.cols}, {1, m.stride}, dtype);
+  return at::from_blob(m.data, {m.rows, m.cols}, {m.stride, 1}, dtype);
+}
+
+/// Whether the BLAS computed out (+)= a b; out is not transposed.
+template <class T>
+bool blas_product(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool add) {
+  const auto gemm = [] {
+    if constexpr (std::is_same_v<T, float>)
+      return &sgemm_;
+    else
+      return &dgemm_;
+  }();
+  constexpr int64_t most = std::numeric_limits<int>::max();
+  for (const int64_t size : {out.rows, out.cols, a.cols, out.stride, a.stride, b.stride})
+    if (size < 1 || size > most) return false;
+  if (!gemm) return false;
+  // BLAS counts by columns: our rows are its columns, so it computes out^T = b^T a^T.
+  const int rows = int(out.cols), cols = int(out.rows), depth = int(a.cols);
+  const int strides[] = {int(b.stride), int(a.stride), int(out.stride)};
+  const T one = 1, keep = add;
+  gemm(b.transposed ? "T" : "N", a.transposed ? "T" : "N", &rows, &cols, &depth, &one, b.data, &strides[0], a.data,
+       &strides[1], &keep, out.data, &strides[2]);
+  return true;
+}
+
+}  // namespace detail
+
+/// out = a b, or with `add` out += a b; out is not transposed.
+template <class T>
+void torch_product(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool add) {
+  if constexpr (!is_half_type<T>)
+    if (detail::blas_product(out, a, b, add)) return;
+  at::Tensor to = detail::borrowed(out);
+  at::cpu::addmm_(to, detail::borrowed(a), detail::borrowed(b), add ? 1 : 0, 1);
 }
 
 }  // namespace neuromod

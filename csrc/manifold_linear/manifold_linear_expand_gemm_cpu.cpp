@@ -40,9 +40,7 @@ class ExpandGemm {
     each_block(8 * kMiB, std::max(K_ * O_, I_), [&](Rows rows) {
       const bool add = rows.first > 0;
       if (q.grad_coeff) products_pass(q, rows);
-      if (q.grad_bias)
-        torch_product(matrix(q.grad_bias.at<A>(0), K_, O_, q.grad_bias.stride[0]), coefficients(rows).t(),
-                      of_rows(p_.output, rows, O_), add);
+      if (q.grad_bias) bias_pass(q, rows, add);
       const bool input = q.grad_input && !q.grad_coeff;
       if (!input && !q.grad_basis) return;
       const Scratch<A> scaled(rows.count * K_ * O_);
@@ -65,7 +63,7 @@ class ExpandGemm {
   /// Basis points [first, first + count), one below the other.
   struct Points {
     int64_t first, count;
-    at::Tensor matrix;  // [count O, I]
+    Matrix<A> matrix;  // [count O, I]
   };
 
   /// All at once, or one by one if they lie apart.
@@ -78,14 +76,11 @@ class ExpandGemm {
   }
 
   /// Their columns of a matrix that has O for each basis point.
-  at::Tensor columns(const A* data, Rows rows, const Points& points) const {
+  Matrix<A> columns(const A* data, Rows rows, const Points& points) const {
     return matrix(data + points.first * O_, rows.count, points.count * O_, K_ * O_);
   }
-  at::Tensor of_rows(const View& from, Rows rows, int64_t cols) const {
+  Matrix<A> of_rows(const View& from, Rows rows, int64_t cols) const {
     return matrix(from.at<A>(rows.first), rows.count, cols, from.stride[0]);
-  }
-  at::Tensor coefficients(Rows rows) const {
-    return matrix(p_.coeff.at<A>(rows.first), rows.count, K_, p_.coeff.stride[0], p_.coeff.stride[1]);
   }
 
   /// Calls f for blocks of samples, `cols` numbers of each of which take about so much memory.
@@ -109,6 +104,15 @@ class ExpandGemm {
     }
   }
 
+  /// dbeta = c^T g
+  void bias_pass(const ManifoldLinearBackwardParams& q, Rows rows, bool add) const {
+    const Scratch<A> c(rows.count * K_);
+    for (int64_t r = 0; r < rows.count; ++r)
+      for (int64_t k = 0; k < K_; ++k) c[r * K_ + k] = *p_.coeff.at<A>(rows.first + r, k);
+    torch_product(matrix(q.grad_bias.at<A>(0), K_, O_, q.grad_bias.stride[0]), matrix(c.data(), rows.count, K_, K_).t(),
+                  of_rows(p_.output, rows, O_), add);
+  }
+
   /// to[b,k] = c[b,k] g[b]
   void scale(Rows rows, A* to) const {
     parallel(rows.count, 2e-10 * double(K_ * O_), [&](int64_t r) {
@@ -121,7 +125,7 @@ class ExpandGemm {
   /// dc, and dx.
   void products_pass(const ManifoldLinearBackwardParams& q, Rows rows) const {
     const Scratch<A> products(rows.count * I_);
-    const at::Tensor grad = of_rows(p_.output, rows, O_), product = matrix(products.data(), rows.count, I_, I_);
+    const Matrix<A> grad = of_rows(p_.output, rows, O_), product = matrix(products.data(), rows.count, I_, I_);
     for (int64_t k = 0; k < K_; ++k) {
       torch_product(product, grad, matrix(p_.basis.at<A>(k), O_, I_, p_.basis.stride[1]), false);
       parallel(rows.count, 4e-10 * double(I_), [&](int64_t r) {

@@ -60,7 +60,7 @@ void multiply(const View& result, int64_t row, int64_t count, int64_t first, int
 /// Rows of a result as multiply gives them, by torch; with `add`, to what stands there.
 template <class T>
 void multiply_block(const View& result, int64_t row, int64_t count, int64_t first, int64_t cols, const View& left,
-                    int64_t depth, const at::Tensor& right, bool add) {
+                    int64_t depth, const Matrix<T>& right, bool add) {
   torch_product(matrix(result.at<T>(row, first), count, cols, result.stride[0]),
                 matrix(left.at<T>(row), count, depth, left.stride[0]), right, add);
 }
@@ -120,7 +120,7 @@ class FoldForward : Fold {
       blend_rows(b, first, outs, rows.data(), bias);
       for (int64_t i = 0; i < count && p_.bias; ++i) vectors<T>().narrow(outs, bias, p_.output.at<T>(row + i, first));
       multiply_block<T>(p_.output, row, count, first, outs, p_.input, p_.in_features,
-                        matrix(rows.data(), p_.in_features, outs, 1, depth), bool(p_.bias));
+                        matrix(rows.data(), outs, p_.in_features, depth).t(), bool(p_.bias));
     });
   }
 
