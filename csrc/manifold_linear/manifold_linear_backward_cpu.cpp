@@ -328,7 +328,8 @@ class ExpandBackward {
 }  // namespace
 
 void manifold_linear_backward_cpu(const ManifoldLinearBackwardParams& q) {
-  const Plan plan = choose_plan(q.p, Pass::backward);
+  const bool update = q.accumulate && !q.grad_input && !q.grad_coeff && !q.grad_bias;
+  const Plan plan = choose_plan(q.p, update ? Pass::update : Pass::backward);
   if (plan == Plan::fold || plan == Plan::fold_gemm) return manifold_linear_fold_backward(q, plan);
   if (plan == Plan::expand_gemm) return manifold_linear_expand_gemm_backward(q);
   dispatch_dtype<Float16, BFloat16>(q.p.dtype, [&](auto tag) {

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kEnoughJobs = 16;  // for any number of threads that a layer of this size is worth
 constexpr int64_t kBlock = 256;      // most rows and columns of a block
+constexpr int64_t kGemmBlock = 512;  // the same of a product by torch
 constexpr int64_t kTokens = 1024;    // tokens that are multiplied at a time, at most
 
 struct Range {
@@ -110,13 +111,13 @@ class FoldForward : Fold {
   }
 
   void run_gemm() const {
-    const int64_t depth = packed_depth<T>(p_.in_features), out_blocks = ceil_div(p_.out_features, kBlock);
+    const int64_t depth = packed_depth<T>(p_.in_features), out_blocks = ceil_div(p_.out_features, kGemmBlock);
     run_blocks(out_blocks * p_.batch * ceil_div(p_.tokens, kTokens), [&](int64_t job) {
-      const int64_t b = job % p_.batch, first = job / p_.batch % out_blocks * kBlock;
+      const int64_t b = job % p_.batch, first = job / p_.batch % out_blocks * kGemmBlock;
       const int64_t t = job / p_.batch / out_blocks * kTokens, row = b * p_.tokens + t;
-      const int64_t outs = std::min(kBlock, p_.out_features - first), count = std::min(kTokens, p_.tokens - t);
-      const Scratch<T> rows(kBlock * depth);
-      A bias[kBlock] = {};
+      const int64_t outs = std::min(kGemmBlock, p_.out_features - first), count = std::min(kTokens, p_.tokens - t);
+      const Scratch<T> rows(kGemmBlock * depth);
+      A bias[kGemmBlock] = {};
       blend_rows(b, first, outs, rows.data(), bias);
       for (int64_t i = 0; i < count && p_.bias; ++i) vectors<T>().narrow(outs, bias, p_.output.at<T>(row + i, first));
       multiply_block<T>(p_.output, row, count, first, outs, p_.input, p_.in_features,
@@ -220,11 +221,11 @@ class FoldBackward : Fold {
   }
 
   void input_pass_gemm() const {
-    const int64_t O = p_.out_features, L = p_.num_local, in_blocks = ceil_div(p_.in_features, kBlock);
+    const int64_t O = p_.out_features, L = p_.num_local, in_blocks = ceil_div(p_.in_features, kGemmBlock);
     run_blocks(in_blocks * p_.batch * ceil_div(p_.tokens, kTokens), [&](int64_t job) {
-      const int64_t b = job % p_.batch, first = job / p_.batch % in_blocks * kBlock;
+      const int64_t b = job % p_.batch, first = job / p_.batch % in_blocks * kGemmBlock;
       const int64_t t = job / p_.batch / in_blocks * kTokens;
-      const int64_t ins = std::min(kBlock, p_.in_features - first), count = std::min(kTokens, p_.tokens - t);
+      const int64_t ins = std::min(kGemmBlock, p_.in_features - first), count = std::min(kTokens, p_.tokens - t);
       const Scratch<T> weight(O * ins);
       const Scratch<A> c(L);
       const Scratch<const T*> basis(L);

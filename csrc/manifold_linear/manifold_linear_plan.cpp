@@ -62,7 +62,7 @@ bool gemm_is_exact(const ManifoldLinearParams& p, Pass pass) {
     return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
 #endif
   }
-  return p.dtype == DType::float64 || pass == Pass::backward || !p.bias;
+  return p.dtype == DType::float64 || pass != Pass::forward || !p.bias;
 }
 
 /// Whether a plan can be had for a problem.
@@ -82,7 +82,8 @@ double padded(double rows) { return std::ceil(rows / kAlign) * kAlign; }
 
 double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
   const Costs cost = costs(p.dtype);
-  const bool backward = pass == Pass::backward;
+  const bool backward = pass != Pass::forward, update = pass == Pass::update;
+  const double products = pass == Pass::backward ? 2 : 1;
   const double terms = double(p.num_local), samples = double(p.batch), rows = double(p.rows());
   const double points = std::min(samples * terms, double(p.num_basis));  // basis points that act on any sample
   double element = points * cost.read;                                   // for each element of a weight
@@ -91,23 +92,24 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
     case Plan::expand: {
       const double segments = p.index ? std::clamp(samples, 1.0, double(p.num_basis)) : 1;
       const double multiplied = segments * padded(rows / segments) * terms;
-      element += (backward ? 2 : 1) * multiplied * cost.product + (backward ? points * cost.pack : 0);
+      element += products * multiplied * cost.product + (backward ? points * cost.pack : 0);
+      if (update) element += points * cost.read;  // once more, tile by tile
       once = cost.start / (backward ? 4 : 1);
       break;
     }
     case Plan::fold:
-      element += (backward ? 2 : 1) * rows * cost.fold + samples * terms * (cost.blend + (backward ? cost.spread : 0));
+      element += products * rows * cost.fold + samples * terms * (cost.blend + (backward ? cost.spread : 0));
       break;
     case Plan::stream:
-      element += (backward ? 3 : 1) * rows * terms * cost.stream;
+      element += (pass == Pass::backward ? 3 : 1) * rows * terms * cost.stream;
       break;
     case Plan::fold_gemm:
-      element += rows * (cost.gemm + (backward ? cost.fold : 0));
+      element += rows * (update ? cost.fold : cost.gemm + (backward ? cost.fold : 0));
       element += samples * (terms * (cost.blend + (backward ? cost.spread : 0)) + cost.turn);
       once = samples * std::ceil(double(backward ? p.in_features : p.out_features) / 256) * cost.call;
       break;
     case Plan::expand_gemm:
-      element += (backward ? 2 : 1) * (rows * terms * cost.gemm + points * cost.pack);
+      element += products * (rows * terms * cost.gemm + points * cost.pack);
       break;
   }
   return element * double(p.out_features) * double(p.in_features) + once;
@@ -174,8 +176,10 @@ Passes explain_manifold_linear(const std::string& device, const std::string& dty
   TORCH_CHECK_VALUE(device == "cpu" || device == "cuda", "explain: expected device cpu or cuda, got ", device);
   if (device == "cuda") return explain_cuda(p);
   Passes passes;
-  for (const Pass pass : {Pass::forward, Pass::backward}) {
-    auto& plans = passes[pass == Pass::forward ? "forward" : "backward"];
+  const std::pair<const char*, Pass> names[] = {
+      {"forward", Pass::forward}, {"backward", Pass::backward}, {"update", Pass::update}};
+  for (const auto& [name, pass] : names) {
+    auto& plans = passes[name];
     const Plan chosen = choose_plan(p, pass);
     plans.emplace_back(plan_name(chosen), seconds(p, pass, chosen));
     for (const auto& [plan, seconds] : plan_costs(p, pass))

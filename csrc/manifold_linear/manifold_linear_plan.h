@@ -17,7 +17,11 @@ enum class Plan : int8_t {
   expand_gemm,  ///< expand with torch's matrix product of all rows, once scaled: large layers
 };
 
-enum class Pass : int8_t { forward, backward };
+enum class Pass : int8_t {
+  forward,
+  backward,
+  update,  ///< the gradient of P alone, added to what stands there
+};
 
 struct PlanCost {
   Plan plan;
