@@ -284,7 +284,7 @@ def test_the_plans_stage(tmp_path: Path, monkeypatch, capsys) -> None:
     assert all(value > 0 for value in record["constants"].values())
     rows = record["plans"]
     assert {row["pass"] for row in rows} >= {"forward", "grad_basis + grad_coeff"}
-    assert {"small", "fold", "gemm"} <= {plan for row in rows for plan in row["plans"]}
+    assert {"small", "fold", "expand_gemm"} <= {plan for row in rows for plan in row["plans"]}
     shown = capsys.readouterr().out
     assert "bfloat16 B40 T1 K2 O24 I16" in shown
     row = {"plans": {"a": {"seconds": 3.0}, "b": {"seconds": 2.0}}}

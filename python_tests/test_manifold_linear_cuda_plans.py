@@ -2,7 +2,8 @@
 
 A plan is forced by the environment variable NEUROMOD_CUDA_PLAN: ``simt`` are the plain kernels;
 ``small``, ``large`` and ``fold`` run on tensor cores, float32 only where torch allows it tf32;
-``gemm`` and ``fold_gemm`` are torch's matrix products between our kernels, here those for the CPU.
+``expand_gemm`` and ``fold_gemm`` are torch's matrix products between our kernels, here those for
+the CPU.
 """
 
 import ctypes
@@ -25,7 +26,7 @@ from neuromod_ext import _C
 NAMES = [op.name for op in LINEAR]
 HALF = (torch.bfloat16, torch.float16)
 NARROW = (*HALF, torch.float32)
-CUDA_PLANS = ("simt", "small", "large", "fold", "gemm", "fold_gemm")
+CUDA_PLANS = ("simt", "small", "large", "fold", "expand_gemm", "fold_gemm")
 BACKWARD = ("manifold_linear_backward", "gxPcb")
 BACKWARD_LOCAL = ("manifold_linear_local_backward", "gxPicb")
 RAGGED = [  # B, tokens, K, O, I: beside the edges of slices (32) and tiles (64, 128, 256)
@@ -213,7 +214,7 @@ def test_an_unknown_plan_is_refused(
     name: str, emulated: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEUROMOD_CUDA_PLAN", "quickly")
-    plans = "simt, small, large, fold, gemm or fold_gemm"
+    plans = "simt, small, large, fold, expand_gemm or fold_gemm"
     words = f"expected NEUROMOD_CUDA_PLAN to be {plans}, got quickly; unset it"
     call = OPS[name].large(Draw("unknown", torch.float32))
     with pytest.raises(ValueError, match=f"{name}: {words}"):
@@ -231,7 +232,7 @@ def explained(dtype: torch.dtype, sizes: tuple[int, ...]) -> dict[str, list[tupl
 
 CHOICES = [  # B, T, K, O, I, and what is taken for y
     (torch.float64, (2, 1, 2, 3, 4), "simt"),
-    (torch.float64, (200, 1, 3, 40, 48), "gemm"),
+    (torch.float64, (200, 1, 3, 40, 48), "expand_gemm"),
     (torch.bfloat16, (70, 1, 3, 64, 300), "small"),
     (torch.bfloat16, (2, 256, 3, 64, 96), "fold"),
     (torch.float32, (4, 300, 8, 32, 40), "fold_gemm"),
@@ -269,28 +270,28 @@ def test_costs_are_in_order_and_a_forced_plan_is_first(monkeypatch) -> None:
         seconds = [cost for _, cost in plans]
         assert seconds == sorted(seconds)
         assert seconds[0] > 1e-4  # 412 Gflop, or 137 for what fold does
-    assert found["forward"][0][0] == "gemm"
+    assert found["forward"][0][0] == "expand_gemm"
     together = [name for name in found if "grad_coeff" in name]  # a sum of float32's precision
     assert not any("gemm" in plan for name in together for plan, _ in found[name])
     monkeypatch.setenv("NEUROMOD_CUDA_PLAN", "large")
     assert explained(torch.bfloat16, sizes)["forward"][0][0] == "large"
     without_tiles = explained(torch.float64, sizes)["forward"]
     assert without_tiles[0][0] == "simt"  # of our own kernels
-    assert without_tiles[1][0] == "gemm"
+    assert without_tiles[1][0] == "expand_gemm"
 
 
 def test_products_that_float16_may_not_hold_are_not_stored() -> None:
     sizes = (4096, 1, 3, 4096, 4096)
     plans = {name: dict(found) for name, found in explained(torch.float16, sizes).items()}
-    assert "gemm" not in plans["forward"]
-    assert "gemm" in plans["grad_input"]
+    assert "expand_gemm" not in plans["forward"]
+    assert "expand_gemm" in plans["grad_input"]
 
 
-@pytest.mark.parametrize("plan", ["gemm", "fold_gemm"])
+@pytest.mark.parametrize("plan", ["expand_gemm", "fold_gemm"])
 def test_long_calls_go_in_chunks(plan: str, forced: str, emulated: Backend) -> None:
     """More rows, or samples, than are stored at a time."""
-    sizes = (300, (), 17, 8000, 2) if plan == "gemm" else (5, (2,), 2, 3000, 3000)
-    draw = Draw(f"chunks/{plan}", torch.float64 if plan == "gemm" else torch.float32)
+    sizes = (300, (), 17, 8000, 2) if plan == "expand_gemm" else (5, (2,), 2, 3000, 3000)
+    draw = Draw(f"chunks/{plan}", torch.float64 if plan == "expand_gemm" else torch.float32)
     call = linear_call(draw, "xPcb", *sizes, bias=True)
     for name, given in (
         ("manifold_linear", call),

@@ -98,7 +98,7 @@ def test_every_op(name: str, library: dict[str, str]) -> None:
     assert done.stdout.splitlines()[-1] == f"{name}: {CASES} calls"
 
 
-@pytest.mark.parametrize("plan", ["small", "large", "fold", "gemm", "fold_gemm"])
+@pytest.mark.parametrize("plan", ["small", "large", "fold", "expand_gemm", "fold_gemm"])
 def test_every_plan(plan: str, library: dict[str, str]) -> None:
     """Of the fused backward pass, whatever the cost model takes."""
     script = ROOT / "python_tests" / "sanitizer_cases.py"

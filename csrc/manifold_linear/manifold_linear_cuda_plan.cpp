@@ -121,14 +121,14 @@ double gemm_seconds(const ManifoldLinearParams& p, double count, double m, doubl
   return std::max(2 * padded * depth / (rates(p).gemm * full), bytes / kGemmMemory) + kCall;
 }
 
-double gemm_seconds(const ManifoldLinearParams& p, CudaPass pass) {
+double expand_gemm_seconds(const ManifoldLinearParams& p, CudaPass pass) {
   const double K = double(p.num_basis), O = double(p.out_features), I = double(p.in_features);
   const double bytes = double(element_bytes(p.dtype));
   if (pass == CudaPass::basis) {  // one basis point after another
     const double R = double(p.rows());
     return K * (2 * R * O * bytes / (R * O * bytes > kCached ? kMemory : kL2) + kLaunch + gemm_seconds(p, 1, O, I, R));
   }
-  const double rows = double(cuda_gemm_rows(p, p.out_features)), chunks = double(p.rows()) / rows;
+  const double rows = double(cuda_expand_gemm_rows(p, p.out_features)), chunks = double(p.rows()) / rows;
   const double product =
       pass == CudaPass::forward ? gemm_seconds(p, 1, rows, K * O, I) : gemm_seconds(p, 1, rows, I, K * O);
   return std::ceil(chunks) *
@@ -165,7 +165,7 @@ double fold_outer_seconds(const ManifoldLinearParams& p) {
 /// Plan fold_gemm: y or dx.
 double fold_gemm_seconds(const ManifoldLinearParams& p, CudaPass pass) {
   const double O = double(p.out_features), I = double(p.in_features), T = double(p.tokens);
-  const double samples = double(cuda_gemm_samples(p)), chunks = std::ceil(double(p.batch) / samples);
+  const double samples = double(cuda_fold_gemm_samples(p)), chunks = std::ceil(double(p.batch) / samples);
   const double blend = (samples + double(p.num_basis)) * O * I * double(element_bytes(p.dtype)) / kL2 + kLaunch;
   const bool forward = pass == CudaPass::forward;
   return chunks * (blend + gemm_seconds(p, samples, T, forward ? O : I, forward ? I : O));
@@ -173,8 +173,8 @@ double fold_gemm_seconds(const ManifoldLinearParams& p, CudaPass pass) {
 
 double seconds(const ManifoldLinearParams& p, CudaPass pass, CudaPlan plan) {
   switch (plan) {
-    case CudaPlan::gemm:
-      return gemm_seconds(p, pass);
+    case CudaPlan::expand_gemm:
+      return expand_gemm_seconds(p, pass);
     case CudaPlan::fold:
       return pass == CudaPass::forward || pass == CudaPass::rows ? fold_seconds(p, pass) : fold_outer_seconds(p);
     case CudaPlan::fold_gemm:
@@ -185,8 +185,8 @@ double seconds(const ManifoldLinearParams& p, CudaPass pass, CudaPlan plan) {
 }
 
 /// Whether a plan can run a pass. dc is a sum of float32's precision, which no stored product of a 16-bit dtype has;
-/// float16 might not hold the products that plan gemm stores; basis points that do not act on a sample must not touch
-/// it, where an index says so.
+/// float16 might not hold the products that plan expand_gemm stores; basis points that do not act on a sample must not
+/// touch it, where an index says so.
 bool can_run(const ManifoldLinearParams& p, CudaPass pass, CudaPlan plan) {
   const bool dots = pass == CudaPass::rows_and_dots || pass == CudaPass::basis_and_dots;
   switch (plan) {
@@ -197,7 +197,7 @@ bool can_run(const ManifoldLinearParams& p, CudaPass pass, CudaPlan plan) {
       return pass != CudaPass::basis_and_dots && p.dtype != DType::float64 && !empty(p);
     case CudaPlan::fold:
       return is_half(p.dtype) && p.num_local <= kMostFolded && pass != CudaPass::rows_and_dots && !empty(p);
-    case CudaPlan::gemm:
+    case CudaPlan::expand_gemm:
       return !dots && !p.index && !empty(p) && (pass != CudaPass::forward || p.dtype != DType::float16);
     case CudaPlan::fold_gemm:
       break;
@@ -205,9 +205,9 @@ bool can_run(const ManifoldLinearParams& p, CudaPass pass, CudaPlan plan) {
   return (pass == CudaPass::forward || pass == CudaPass::rows) && !p.index && !empty(p);
 }
 
-constexpr CudaPlan kPlans[] = {CudaPlan::simt, CudaPlan::small, CudaPlan::large,
-                               CudaPlan::fold, CudaPlan::gemm,  CudaPlan::fold_gemm};
-bool is_torch(CudaPlan plan) { return plan == CudaPlan::gemm || plan == CudaPlan::fold_gemm; }
+constexpr CudaPlan kPlans[] = {CudaPlan::simt, CudaPlan::small,       CudaPlan::large,
+                               CudaPlan::fold, CudaPlan::expand_gemm, CudaPlan::fold_gemm};
+bool is_torch(CudaPlan plan) { return plan == CudaPlan::expand_gemm || plan == CudaPlan::fold_gemm; }
 
 /// The plan a pass gets, and its cost, 0 for a forced one. Where the forced one cannot, the cheapest: for plan
 /// fold_gemm that which folds, for kernels' plans one of kernels.
@@ -245,7 +245,7 @@ int64_t partial_bytes(const ManifoldLinearBackwardParams& q) {
 }  // namespace
 
 const char* cuda_plan_name(CudaPlan plan) {
-  constexpr const char* names[] = {"simt", "small", "large", "fold", "gemm", "fold_gemm"};
+  constexpr const char* names[] = {"simt", "small", "large", "fold", "expand_gemm", "fold_gemm"};
   return names[static_cast<int>(plan)];
 }
 
@@ -301,12 +301,12 @@ int64_t cuda_bias_splits(const ManifoldLinearParams& p) {
   return std::clamp(std::min(4 * kBlocks / std::max<int64_t>(blocks, 1), p.rows() / 128), int64_t(1), int64_t(256));
 }
 
-int64_t cuda_gemm_rows(const ManifoldLinearParams& p, int64_t cols) {
+int64_t cuda_expand_gemm_rows(const ManifoldLinearParams& p, int64_t cols) {
   const int64_t row = std::max<int64_t>(p.num_basis * cols * element_bytes(p.dtype), 1);
   return std::min(p.rows(), std::max<int64_t>(kTemporary / row / 256 * 256, 256));
 }
 
-int64_t cuda_gemm_samples(const ManifoldLinearParams& p) {
+int64_t cuda_fold_gemm_samples(const ManifoldLinearParams& p) {
   const int64_t weight = std::max<int64_t>(p.out_features * p.in_features * element_bytes(p.dtype), 1);
   return std::clamp(kCached / weight, int64_t(1), std::max<int64_t>(p.batch, 1));
 }

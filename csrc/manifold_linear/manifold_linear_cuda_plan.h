@@ -10,12 +10,12 @@
 namespace neuromod {
 
 enum class CudaPlan : int8_t {
-  simt,       ///< the plain kernels of manifold_linear.cu, for every dtype
-  small,      ///< all dtypes but float64, on tensor cores where they may: tiles of 64 x 64
-  large,      ///< the same in tiles of 128 x 128
-  fold,       ///< 16-bit dtypes, samples of many tokens: each sample's weight is blended first
-  gemm,       ///< torch's matrix product (cuBLAS) with all basis points, mixed before it or after
-  fold_gemm,  ///< torch's, with each sample's weight, blended and stored
+  simt,         ///< the plain kernels of manifold_linear.cu, for every dtype
+  small,        ///< all dtypes but float64, on tensor cores where they may: tiles of 64 x 64
+  large,        ///< the same in tiles of 128 x 128
+  fold,         ///< 16-bit dtypes, samples of many tokens: each sample's weight is blended first
+  expand_gemm,  ///< torch's matrix product (cuBLAS) with all basis points, mixed before it or after
+  fold_gemm,    ///< torch's, with each sample's weight, blended and stored
 };
 
 const char* cuda_plan_name(CudaPlan plan);
@@ -73,10 +73,10 @@ CudaProduct cuda_fold_outer(const ManifoldLinearParams& p);
 /// dbeta: splits of the rows.
 int64_t cuda_bias_splits(const ManifoldLinearParams& p);
 
-/// Rows (plan gemm, of `cols` for each basis point) or samples (plan fold_gemm) that torch's product takes at a time,
-/// which bounds what is stored between it and our kernels.
-int64_t cuda_gemm_rows(const ManifoldLinearParams& p, int64_t cols);
-int64_t cuda_gemm_samples(const ManifoldLinearParams& p);
+/// Rows (plan expand_gemm, of `cols` for each basis point) or samples (plan fold_gemm) that torch's product takes at a
+/// time, which bounds what is stored between it and our kernels.
+int64_t cuda_expand_gemm_rows(const ManifoldLinearParams& p, int64_t cols);
+int64_t cuda_fold_gemm_samples(const ManifoldLinearParams& p);
 
 /// Partial sums lie in rows of an even number of floats.
 NEUROMOD_HOST_DEVICE int64_t partial_cols(int64_t cols) { return cols + cols % 2; }

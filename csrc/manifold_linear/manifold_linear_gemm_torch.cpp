@@ -12,7 +12,7 @@
 #include "common/host.h"
 #include "interpolate_weights/interpolate_weights.h"
 #include "manifold_linear/manifold_linear_cuda_plan.h"
-#include "manifold_linear/manifold_linear_gemm.h"
+#include "manifold_linear/manifold_linear_expand_gemm.h"
 
 namespace neuromod {
 namespace {
@@ -41,40 +41,40 @@ void for_chunks(int64_t all, int64_t most, F&& f) {
 
 }  // namespace
 
-void gemm_forward(const char* op, const ManifoldLinearTensors& t, const ManifoldLinearParams& p) {
+void expand_gemm_forward(const char* op, const ManifoldLinearTensors& t, const ManifoldLinearParams& p) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const at::Tensor points = stacked(t.basis).t();
-  const int64_t most = cuda_gemm_rows(p, p.out_features);
+  const int64_t most = cuda_expand_gemm_rows(p, p.out_features);
   const at::Tensor products = at::empty({most, points.size(1)}, t.input.options());
   for_chunks(p.rows(), most, [&](int64_t first, int64_t rows) {
     at::Tensor some = products.narrow(0, 0, rows);
     at::mm_out(some, t.input.narrow(0, first, rows), points);
-    const ManifoldLinearGemmParams q{p, first, rows, 0, p.num_basis, view(some)};
+    const ManifoldLinearExpandGemmParams q{p, first, rows, 0, p.num_basis, view(some)};
     run(op, t.input.device(), NEUROMOD_CUDA_KERNEL(manifold_linear_mix), q);
   });
 }
 
-void gemm_grad_input(const char* op, const ManifoldLinearTensors& t, const ManifoldLinearParams& p,
-                     const at::Tensor& grad_input) {
+void expand_gemm_grad_input(const char* op, const ManifoldLinearTensors& t, const ManifoldLinearParams& p,
+                            const at::Tensor& grad_input) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const at::Tensor points = stacked(t.basis);
-  const int64_t most = cuda_gemm_rows(p, p.out_features);
+  const int64_t most = cuda_expand_gemm_rows(p, p.out_features);
   const at::Tensor spread = at::empty({most, points.size(0)}, t.output.options());
   for_chunks(p.rows(), most, [&](int64_t first, int64_t rows) {
     const at::Tensor some = spread.narrow(0, 0, rows);
-    const ManifoldLinearGemmParams q{p, first, rows, 0, p.num_basis, mutable_view(some)};
+    const ManifoldLinearExpandGemmParams q{p, first, rows, 0, p.num_basis, mutable_view(some)};
     run(op, t.output.device(), NEUROMOD_CUDA_KERNEL(manifold_linear_spread), q);
     at::Tensor to = grad_input.narrow(0, first, rows);
     at::mm_out(to, some, points);
   });
 }
 
-void gemm_grad_basis(const char* op, const ManifoldLinearTensors& t, const ManifoldLinearParams& p,
-                     const at::Tensor& grad_basis, bool accumulate) {
+void expand_gemm_grad_basis(const char* op, const ManifoldLinearTensors& t, const ManifoldLinearParams& p,
+                            const at::Tensor& grad_basis, bool accumulate) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const at::Tensor spread = at::empty({p.rows(), p.out_features}, t.output.options());
   for (int64_t k = 0; k < p.num_basis; ++k) {
-    const ManifoldLinearGemmParams q{p, 0, p.rows(), k, 1, mutable_view(spread)};
+    const ManifoldLinearExpandGemmParams q{p, 0, p.rows(), k, 1, mutable_view(spread)};
     run(op, t.output.device(), NEUROMOD_CUDA_KERNEL(manifold_linear_spread), q);
     at::Tensor to = grad_basis.select(0, k);
     if (accumulate) {
@@ -87,7 +87,7 @@ void gemm_grad_basis(const char* op, const ManifoldLinearTensors& t, const Manif
 
 void fold_gemm_forward(const char* op, const ManifoldLinearTensors& t, const ManifoldLinearParams& p) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const int64_t B = p.batch, T = p.tokens, O = p.out_features, most = cuda_gemm_samples(p);
+  const int64_t B = p.batch, T = p.tokens, O = p.out_features, most = cuda_fold_gemm_samples(p);
   const at::Tensor x = t.input.unflatten(0, {B, T}), y = t.output.unflatten(0, {B, T});
   const at::Tensor weights = at::empty({most, O, p.in_features}, t.input.options());
   for_chunks(B, most, [&](int64_t first, int64_t samples) {
@@ -108,7 +108,7 @@ void fold_gemm_forward(const char* op, const ManifoldLinearTensors& t, const Man
 void fold_gemm_grad_input(const char* op, const ManifoldLinearTensors& t, const ManifoldLinearParams& p,
                           const at::Tensor& grad_input) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const int64_t B = p.batch, T = p.tokens, most = cuda_gemm_samples(p);
+  const int64_t B = p.batch, T = p.tokens, most = cuda_fold_gemm_samples(p);
   const at::Tensor g = t.output.unflatten(0, {B, T}), dx = grad_input.unflatten(0, {B, T});
   const at::Tensor weights = at::empty({most, p.out_features, p.in_features}, t.output.options());
   for_chunks(B, most, [&](int64_t first, int64_t samples) {

@@ -118,8 +118,8 @@ void check_forced_plan(const char* op) {
   CudaPlan plan{};
   const char* const forced = std::getenv("NEUROMOD_CUDA_PLAN");
   TORCH_CHECK_VALUE(!forced || forced[0] == '\0' || forced_cuda_plan(plan), op,
-                    ": expected NEUROMOD_CUDA_PLAN to be simt, small, large, fold, gemm or fold_gemm, got ", forced,
-                    "; unset it");
+                    ": expected NEUROMOD_CUDA_PLAN to be simt, small, large, fold, expand_gemm or fold_gemm, got ",
+                    forced, "; unset it");
 }
 
 /// Memory that CUDA kernels use between them; none for the CPU's. Freed to torch's allocator when the call returns,
@@ -169,9 +169,9 @@ Tensor forward(const char* op, const Tensor& input, const Tensor& basis, const T
   if (runs_cuda_kernels(input.device())) {
     check_forced_plan(op);
     const CudaPlan plan = cuda_plan(call.p, CudaPass::forward, torch_products_allowed());
-    if (plan == CudaPlan::gemm || plan == CudaPlan::fold_gemm) {
+    if (plan == CudaPlan::expand_gemm || plan == CudaPlan::fold_gemm) {
       const c10::DeviceGuard guard(input.device());
-      (plan == CudaPlan::gemm ? gemm_forward : fold_gemm_forward)(op, call.tensors, call.p);
+      (plan == CudaPlan::expand_gemm ? expand_gemm_forward : fold_gemm_forward)(op, call.tensors, call.p);
       return output;
     }
     order = cuda_order(input, plan, plan, call.p);
@@ -199,13 +199,13 @@ struct Gradients {
 void by_torch(const char* op, const Call& call, const Gradients& results, ManifoldLinearBackwardParams& q) {
   const CudaBackwardPlan plan = cuda_backward_plan(q, torch_products_allowed());
   const c10::DeviceGuard guard(call.tensors.output.device());
-  if (q.grad_input && (plan.rows == CudaPlan::gemm || plan.rows == CudaPlan::fold_gemm)) {
-    const auto product = plan.rows == CudaPlan::gemm ? gemm_grad_input : fold_gemm_grad_input;
+  if (q.grad_input && (plan.rows == CudaPlan::expand_gemm || plan.rows == CudaPlan::fold_gemm)) {
+    const auto product = plan.rows == CudaPlan::expand_gemm ? expand_gemm_grad_input : fold_gemm_grad_input;
     product(op, call.tensors, call.p, as_matrix(results.input));
     q.grad_input = {};
   }
-  if (q.grad_basis && plan.basis == CudaPlan::gemm) {
-    gemm_grad_basis(op, call.tensors, call.p, results.basis, q.accumulate);
+  if (q.grad_basis && plan.basis == CudaPlan::expand_gemm) {
+    expand_gemm_grad_basis(op, call.tensors, call.p, results.basis, q.accumulate);
     q.grad_basis = {};
   }
 }

@@ -1,15 +1,15 @@
-// Plan gemm of manifold_linear on CUDA: what our kernels do before and after torch's matrix product. The formulas stand
-// in manifold_linear_gemm.h.
+// Plan expand_gemm of manifold_linear on CUDA: what our kernels do before and after torch's matrix product. The
+// formulas stand in manifold_linear_expand_gemm.h.
 //
 // Grid: x packs of 16 bytes of a row, row by row; 256 threads a block, a pack a thread. Reads c and beta (from cache),
 // and each product or element of g once; writes each result once, rounded once from the accumulation type. Products of
 // a dtype were rounded to it by torch: error <= u S more than that of the other plans. k in order. No atomics.
 //
-// 2 B T K O flop; B T O (K + 1) elements, which plan gemm keeps in L2: 24 us for B = O = 4096, K = 3, in bfloat16,
-// predicted from 5.5 TB/s of an H100's L2 and not measured.
+// 2 B T K O flop; B T O (K + 1) elements, which plan expand_gemm keeps in L2: 24 us for B = O = 4096, K = 3, in
+// bfloat16, predicted from 5.5 TB/s of an H100's L2 and not measured.
 #include "common/columns.h"
 #include "common/dispatch.h"
-#include "manifold_linear/manifold_linear_gemm.h"
+#include "manifold_linear/manifold_linear_expand_gemm.h"
 
 namespace neuromod {
 namespace {
@@ -27,7 +27,7 @@ struct Place {
   bool there;
 };
 template <class T>
-__device__ __forceinline__ Place place(const ManifoldLinearGemmParams& q) {
+__device__ __forceinline__ Place place(const ManifoldLinearExpandGemmParams& q) {
   const int64_t packs = ceil_div(q.p.out_features, Pack<T>::size), i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t row = quotient(i, packs);
   return {row, (i - row * packs) * Pack<T>::size, row < q.rows};
@@ -35,7 +35,7 @@ __device__ __forceinline__ Place place(const ManifoldLinearGemmParams& q) {
 
 template <bool Whole, class T, class Acc>
 __global__ void __launch_bounds__(kThreads)
-    manifold_linear_mix_products_kernel(const __grid_constant__ ManifoldLinearGemmParams q) {
+    manifold_linear_mix_products_kernel(const __grid_constant__ ManifoldLinearExpandGemmParams q) {
   const ManifoldLinearParams& p = q.p;
   const Place at = place<T>(q);
   if (!at.there) return;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <bool Whole, class T, class Acc>
 __global__ void __launch_bounds__(kThreads)
-    manifold_linear_spread_kernel(const __grid_constant__ ManifoldLinearGemmParams q) {
+    manifold_linear_spread_kernel(const __grid_constant__ ManifoldLinearExpandGemmParams q) {
   const ManifoldLinearParams& p = q.p;
   const Place at = place<T>(q);
   if (!at.there) return;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
 
 /// Calls f with the element type's tag, and whether all packs are whole and aligned; reports what its launches came to.
 template <class F>
-int launch(const ManifoldLinearGemmParams& q, F&& f) {
+int launch(const ManifoldLinearExpandGemmParams& q, F&& f) {
   dispatch_dtype<__half, __nv_bfloat16>(q.p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const int64_t size = Pack<T>::size, O = q.p.out_features;
@@ -86,7 +86,7 @@ int launch(const ManifoldLinearGemmParams& q, F&& f) {
 
 }  // namespace
 
-int launch_manifold_linear_mix(const ManifoldLinearGemmParams& q, stream_t stream) {
+int launch_manifold_linear_mix(const ManifoldLinearExpandGemmParams& q, stream_t stream) {
   return launch(q, [&](auto tag, auto whole, dim3 grid) {
     using T = typename decltype(tag)::type;
     NEUROMOD_LAUNCH((manifold_linear_mix_products_kernel<whole.value, T, accumulator_t<T>>), grid, dim3(kThreads), 0,
@@ -94,7 +94,7 @@ int launch_manifold_linear_mix(const ManifoldLinearGemmParams& q, stream_t strea
   });
 }
 
-int launch_manifold_linear_spread(const ManifoldLinearGemmParams& q, stream_t stream) {
+int launch_manifold_linear_spread(const ManifoldLinearExpandGemmParams& q, stream_t stream) {
   return launch(q, [&](auto tag, auto whole, dim3 grid) {
     using T = typename decltype(tag)::type;
     NEUROMOD_LAUNCH((manifold_linear_spread_kernel<whole.value, T, accumulator_t<T>>), grid, dim3(kThreads), 0, stream,

@@ -1,4 +1,4 @@
-// What stands around torch's matrix product in plan gemm of manifold_linear on CUDA. Torch-free.
+// What stands around torch's matrix product in plan expand_gemm of manifold_linear on CUDA. Torch-free.
 #pragma once
 
 #include "manifold_linear/manifold_linear.h"
@@ -6,7 +6,7 @@
 namespace neuromod {
 
 /// Some of the rows of a call, and of each its products with basis points side by side.
-struct ManifoldLinearGemmParams {
+struct ManifoldLinearExpandGemmParams {
   ManifoldLinearParams p;
   int64_t first_row, rows;
   int64_t first_basis, num_basis;
@@ -14,9 +14,9 @@ struct ManifoldLinearGemmParams {
 };
 
 /// p.output[r,o] = sum_k c[b,k] (products[r - first_row, k O + o] + beta[k,o]), for all basis points.
-int launch_manifold_linear_mix(const ManifoldLinearGemmParams& q, stream_t stream);
+int launch_manifold_linear_mix(const ManifoldLinearExpandGemmParams& q, stream_t stream);
 
 /// products[r - first_row, k O + o] = c[b, first_basis + k] g[r,o]
-int launch_manifold_linear_spread(const ManifoldLinearGemmParams& q, stream_t stream);
+int launch_manifold_linear_spread(const ManifoldLinearExpandGemmParams& q, stream_t stream);
 
 }  // namespace neuromod
