@@ -109,8 +109,7 @@ struct ProductSums {
   /// right.
   template <bool LeftAlong, bool RightAlong, class T, class Factors>
   __device__ __forceinline__ void add(const T* left, const T* right, Factors factors) {
-    constexpr int kAtOnce = Shape::Math::kStepsAtOnce;
-#pragma unroll kAtOnce
+#pragma unroll(Shape::Math::kStepsAtOnce)
     for (int d = 0; d < Shape::kDepth; d += Shape::Math::kStep)
       Shape::Math::template add<LeftAlong, RightAlong, Shape>(at, left, right, warp_row(), warp_col(), d, factors);
   }
