@@ -5,7 +5,9 @@ That results are right, and all that operands may be, is tested by the other fil
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -259,3 +261,64 @@ def test_huge(name: str, sizes: dict[str, int], letter: str) -> None:
     want = op.expected(small)
     for got, expected in zip(op.run(_ops.OPS[name], call), want, strict=True):
         check(part(got, result, letter, at), expected, name)
+
+
+CONVOLUTIONS = {  # samples, channels of x and y, height and width; side of the kernel
+    "input": ((2**13 + 1, 64, 8, 64, 64), 3),
+    "output": ((2**13 + 1, 8, 64, 64, 64), 3),
+    "pixels": ((1, 64, 64, 2**13, 2**12 + 3), 3),
+    "basis": ((3, 2**15, 2**15 + 8, 2, 2), 1),
+}
+NUM_BASIS = 2
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_huge_convolution(name: str) -> None:
+    (B, C, O, H, W), side = CONVOLUTIONS[name]
+    x, y, P = B * C * H * W, B * O * H * W, NUM_BASIS * O * C * side**2
+    make_room(6 * (x + y) + 10 * P)  # each twice more as rows or gradient; sums of dP in float32
+    assert max(x, y, P) > 2**31
+    compare_convolution(CONVOLUTIONS[name][0], side, _ops.OPS, "cuda")
+
+
+def compare_convolution(
+    sizes: tuple[int, ...], side: int, ops: Mapping[str, Callable[..., Any]], device: str
+) -> None:
+    """In the last corner of the first, a middle and the last sample, of such channels of y.
+
+    Elsewhere the gradient of y is 0, so that the corners are all that sums are made of.
+    """
+    (B, C, O, H, W), pad, dtype = sizes, side // 2, torch.bfloat16
+    samples, channels = ([*{0, n // 2, n - 1}] for n in (B, O))
+    corner = (..., slice(-9, None), slice(-9, None))
+    options = {"stride": [1, 1], "padding": [pad, pad], "dilation": [1, 1], "groups": 1}
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    def corners(t: Tensor) -> Tensor:
+        return torch.stack([t[b][corner] for b in samples])
+
+    x, P = normal(B, C, H, W), normal(NUM_BASIS, O, C, side, side)
+    coeff, bias = normal(B, NUM_BASIS, dtype=torch.float32), normal(NUM_BASIS, O)
+    few = [corners(x), P[:, channels], coeff[samples], bias[:, channels]]
+
+    forward = OPS["manifold_conv"]
+    (y,) = forward.run(ops[forward.name], Call([x, P, coeff, bias], options))
+    (want,) = forward.expected(Call(few, options))
+    seen = (..., slice(pad, None), slice(pad, None))  # what depends on the corner of x alone
+    parts = {name: getattr(want, name)[seen] for name in ("value", "scale", "flushed")}
+    check(corners(y)[:, channels][seen], replace(want, **parts), "y")
+
+    grad = y.zero_()
+    given = torch.zeros_like(corners(y)[:, channels])
+    given[seen] = torch.randn_like(given[seen])
+    for b, rows in zip(samples, given, strict=True):
+        for o, row in zip(channels, rows, strict=True):
+            grad[b, o][corner] = row
+    backward, options = OPS["manifold_conv_backward"], options | {"needed": [True] * 4}
+    got = backward.run(ops[backward.name], Call([grad, x, P, coeff, bias], options))
+    got = [corners(got[0]), got[1][:, channels], got[2][samples], got[3][:, channels]]
+    wanted = backward.expected(Call([given, *few], options))
+    for role, result, want in zip("xPcb", got, wanted, strict=True):
+        check(result, want, role)

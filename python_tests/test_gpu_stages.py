@@ -1,5 +1,6 @@
 """``make gpu``: its stages, with commands that need no GPU."""
 
+import itertools
 import json
 import os
 import re
@@ -8,6 +9,8 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import sanitizer_cases
@@ -183,8 +186,29 @@ def test_stress_runs_every_test_of_its_file_once() -> None:
     assert rest == f"not ({huge} or {slow})"
     names = [name for name in vars(test_gpu) if name.startswith("test_")]
     chosen = [[n for n in names if word in n] for word in (huge, *slow.split(" or "))]
-    assert chosen == [["test_huge"], ["test_derivatives"], ["test_opcheck"], ["test_compile"]]
+    assert chosen == [
+        ["test_huge", "test_huge_convolution"],
+        *(["test_derivatives"], ["test_opcheck"], ["test_compile"]),
+    ]
     assert len(names) > len(chosen)
+
+
+@pytest.mark.parametrize("sizes", [(5, 3, 4, 12, 13), (1, 3, 9, 14, 12), (3, 9, 10, 2, 2)])
+def test_a_huge_convolution_compares_what_it_should(sizes: tuple[int, ...]) -> None:
+    """In small, on the emulated kernels; and not a result that is wrong in a corner."""
+    torch.ops.load_library(str(EMULATED))
+    emulated = {name: getattr(torch.ops.neuromod_emulated, name).default for name in _ops.NAMES}
+    side = 3 if sizes[3] > 2 else 1
+    test_gpu.compare_convolution(sizes, side, emulated, "cpu")
+    for name, result in itertools.product(("manifold_conv", "manifold_conv_backward"), range(4)):
+
+        def wrong(*args: Any, name: str = name, result: int = result, **options: Any) -> Any:
+            out = emulated[name](*args, **options)
+            (out if isinstance(out, tuple) else (out,) * 4)[result].flatten()[-1] += 100
+            return out
+
+        with pytest.raises(AssertionError):
+            test_gpu.compare_convolution(sizes, side, emulated | {name: wrong}, "cpu")
 
 
 @pytest.mark.parametrize(
