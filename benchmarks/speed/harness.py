@@ -97,6 +97,16 @@ class CudaTimer:
         return start.elapsed_time(end) / 1e3
 
 
+def is_lost(device: torch.device) -> bool:
+    """Whether a kernel has failed: all that this process asks of the GPU then fails, too."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def timer_for(device: torch.device) -> Timer:
     """The timer that fits a device."""
     return CudaTimer() if device.type == "cuda" else HostTimer()

@@ -18,6 +18,7 @@ from benchmarks.speed.harness import (
     Call,
     Timing,
     interleave,
+    is_lost,
     timer_for,
     warm_up,
 )
@@ -116,6 +117,8 @@ class _Case:
     def measure(self, options: Options) -> Json:
         for variant in self.problem.variants:
             self._try(variant)
+        if is_lost(self.device):  # the first without a result says by what
+            return self._record({}, {})
         if options.compile:
             self._try_compiled()
         work = self.problem.work[self.direction]
@@ -125,6 +128,9 @@ class _Case:
         if self.blocks:
             blocks = self.blocks | limits
             timings = interleave(blocks, options.seconds, always=ours)
+        return self._record(timings, limits)
+
+    def _record(self, timings: dict[str, Timing], limits: dict[str, Block]) -> Json:
         for name, record in self.records.items():
             if name in timings:
                 record["seconds"] = asdict(timings[name])
