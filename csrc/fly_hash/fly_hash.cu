@@ -4,9 +4,9 @@
 // shared memory (up to 48 KiB of them) and gathers twice, for the mean and for h, which goes to memory only in
 // fly_hash. Reads index, gain and readout once more for each sample, from L2; writes each output element once, no
 // atomics. Order: a unit's inputs in order; units by thread, then block_sum. Sums in float, in double for double. Cost
-// for each sample: (2 n + 2 O + 4) H flop. Floor: inputs and outputs once through HBM, (I + O) B elements, and (n + O +
-// 1) H words a sample through L2: for 784 -> 7840 -> 10 in float32 about 0.56 MB, so about 10 million samples a second
-// at 5.5 TB/s of L2.
+// for each sample: (2 n + 2 O + 4) H flop. Floor, predicted and not measured, on an H100: inputs and outputs once
+// through HBM, (I + O) B elements, and (n + O + 1) H words a sample through L2: for 784 -> 7840 -> 10 in float32 about
+// 0.56 MB, so about 10 million samples a second at 5.5 TB/s of L2.
 #include "fly_hash/fly_hash_cuda.h"
 
 namespace neuromod {

@@ -5,6 +5,10 @@
 // through shared memory 16 deep. Sums run in float32 (float64 for float64): depth in order, then k in order. Tails are
 // masked in the loads; every output element is written once; no atomics. With an index, basis points that act on no row
 // of a tile are multiplied all the same and left out of the sum.
+//
+// Floor, predicted and not measured, on an H100 (67 TFLOP/s in float32, 34 in float64): (4096, 4096, 4096, 3): 412
+// Gflop, 6 ms and 12 ms. An oracle need not come near it: 4 x 4 sums a thread wait for shared memory, and the plans
+// count on 8 and 3 TFLOP/s.
 #include "common/cuda_kernel.h"
 #include "common/dispatch.h"
 #include "manifold_linear/manifold_linear.h"

@@ -65,7 +65,8 @@ struct OuterStore {
 
 // out = the splits' partial sums, added in order; or out += them. [rows, cols], a matrix for each batch.
 // Grid: x pairs of columns and rows, 256 a block. Reads partial sums once, writes out once: 4 splits + 2 bytes an
-// element.
+// element. Floor, predicted and not measured, on an H100: about a launch, since splits only fill a card: their sums
+// have at most 13 MB, 2 us at 5.5 TB/s of L2.
 template <class T>
 __global__ void __launch_bounds__(256)
     manifold_linear_sum_splits_kernel(const float* partial, int64_t splits, View out, int64_t batches, int64_t rows,
