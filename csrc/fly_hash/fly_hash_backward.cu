@@ -6,14 +6,17 @@
 // Input: a block for each sample in turn. It writes the gradient dm of each unit to a row in memory, and sums for each
 // input the units that have it, in order (the index transposed by the host), less their mean.
 //
-// Everything is written once, no atomics. Sums in float, in double for double. Floor: as in the forward pass, and dm
-// once through L2 each way, H words a sample.
+// Everything is written once, no atomics. Sums in float, in double for double. Floor, predicted and not measured, on an
+// H100: words a sample through L2, n H for the means, (2 n + O) H for the gain's gradient, (2 n + 1) H for the
+// readout's and (4 n + O + 2) H for the input's, dm and the transposed index being read as well. For 784 -> 7840 -> 10
+// in float32 0.22, 0.75, 0.47 and 1.25 MB: 25, 7, 11 and 4 million samples a second at 5.5 TB/s.
 #include "fly_hash/fly_hash_cuda.h"
 
 namespace neuromod {
 namespace {
 
-constexpr int kUnitThreads = 64;
+// Blocks a multiprocessor, for 64 registers a thread: left to itself ptxas takes fewer and spills some of those.
+constexpr int kUnitThreads = 64, kUnitBlocks = 16, kInputBlocks = 4;
 
 template <class T, class Acc, class Index>
 __global__ void __launch_bounds__(kFlyThreads) fly_hash_mean_kernel(FlyHashBackwardParams p, bool keeps) {
@@ -76,7 +79,7 @@ __device__ void grad_readout(const FlyHashBackwardParams& p, int64_t j) {
 }
 
 template <class T, class Acc, class Index>
-__global__ void __launch_bounds__(kUnitThreads) fly_readout_parameters_kernel(FlyHashBackwardParams p) {
+__global__ void __launch_bounds__(kUnitThreads, kUnitBlocks) fly_readout_parameters_kernel(FlyHashBackwardParams p) {
   const int64_t j = int64_t(blockIdx.x) * kUnitThreads + thread_rank();
   if (j >= p.forward.units) return;
   if (p.grad_gain) grad_gain<T, Acc, Index>(p, j);
@@ -84,7 +87,8 @@ __global__ void __launch_bounds__(kUnitThreads) fly_readout_parameters_kernel(Fl
 }
 
 template <class T, class Acc, class Index>
-__global__ void __launch_bounds__(kFlyThreads) fly_hash_input_kernel(FlyHashBackwardParams p, bool keeps) {
+__global__ void __launch_bounds__(kFlyThreads, kInputBlocks)
+    fly_hash_input_kernel(FlyHashBackwardParams p, bool keeps) {
   NEUROMOD_DYNAMIC_SHARED(Acc, shared);
   const FlyHashParams& f = p.forward;
   Acc* const row = static_cast<Acc*>(p.rows) + blockIdx.x * f.units;

@@ -204,8 +204,16 @@ class ConvOperands {
   ConvCursor left_cursor_, right_cursor_;
 };
 
+/// Blocks a multiprocessor that ptxas is to aim at: left to itself it aims at one more of small tiles, and spills.
+template <class Shape>
+constexpr int fold_blocks() {
+  if (Shape::kThreads != 128) return 1;
+  return sizeof(typename Shape::Element) == 8 ? 2 : 3;
+}
+
 template <class Shape, bool Backward>
-__global__ void __launch_bounds__(Shape::kThreads) manifold_conv_fold_kernel(const __grid_constant__ ConvFoldParams q) {
+__global__ void __launch_bounds__(Shape::kThreads, fold_blocks<Shape>())
+    manifold_conv_fold_kernel(const __grid_constant__ ConvFoldParams q) {
   using T = typename Shape::Element;
   using Operands = ConvOperands<Shape, Backward>;
   NEUROMOD_DYNAMIC_SHARED(T, shared);
