@@ -48,12 +48,12 @@ def roundings(x: Tensor, index: Tensor) -> int:
     return n + x.shape[1] + H // 256 + 16
 
 
-def certain(x: Tensor, index: Tensor) -> bool:
-    """Whether every unit is active, or inactive, whatever the order of its sum."""
+def certain_units(x: Tensor, index: Tensor) -> Array:
+    """Which units of each sample are active, or inactive, whatever the order of their sums."""
     values, at = exact(x), index.cpu().numpy()
     a, S = projected(values, at, -1), projected(np.abs(values), at, 1)
     e = 2.0**-53 if x.dtype == torch.float64 else 2.0**-24
-    return bool((np.abs(a) > 2 * roundings(x, index) * e * S).all())
+    return np.abs(a) > 2 * roundings(x, index) * e * S
 
 
 # Operands
@@ -67,7 +67,7 @@ def fly_draw(roles: str) -> Callable[[Draw, int], Call]:
             if I == 0:  # nothing to draw an index from
                 n = 0
             call = fly_call(d, roles, B, I, H, n, O, T if d.pick(True, False) else None)
-            if certain(*operands(roles, call)):
+            if certain_units(*operands(roles, call)).all():
                 return call
 
     return draw

@@ -14,6 +14,7 @@ import torch
 from bounds import check
 from compositions import ALL, CENTRAL, Composition
 from entry import Call
+from fly_entries import certain_units
 from op_entries import OPS
 from sampling import Draw, wide
 from test_gradients import leaves, verify
@@ -322,3 +323,31 @@ def compare_convolution(
     wanted = backward.expected(Call([given, *few], options))
     for role, result, want in zip("xPcb", got, wanted, strict=True):
         check(result, want, role)
+
+
+FLY = {"input": (2**21 + 1, 1024, 8), "hidden": (2**18 + 1, 16, 2**13)}  # samples, inputs, units
+
+
+@pytest.mark.parametrize("name", FLY)
+def test_huge_fly_hash(name: str) -> None:
+    B, I, H = FLY[name]
+    make_room(6 * B * (I + H))
+    assert B * max(I, H) > 2**31
+    compare_fly_hash(FLY[name], _ops.OPS, "cuda")
+
+
+def compare_fly_hash(
+    sizes: tuple[int, ...], ops: Mapping[str, Callable[..., Any]], device: str
+) -> None:
+    """The first, a middle and the last sample, and their gradients."""
+    (B, I, H), samples = sizes, [0, sizes[0] // 2, sizes[0] - 1]
+    x = torch.randn(B, I, dtype=torch.bfloat16, device=device)
+    index, few = torch.randint(I, (H, 3), device=device), x[samples]
+    forward, backward = OPS["fly_hash"], OPS["fly_hash_backward"]
+    (h,) = forward.run(ops[forward.name], Call([x, index]))
+    check(h[samples], forward.expected(Call([few, index]))[0], "h")
+    grad = h.normal_()
+    certain = torch.from_numpy(certain_units(few, index)).to(device)
+    grad[samples] *= certain  # rounding decides about the other units
+    (dx,) = backward.run(ops[backward.name], Call([grad, x, index]))
+    check(dx[samples], backward.expected(Call([grad[samples], few, index]))[0], "x")

@@ -1,6 +1,5 @@
 """``make gpu``: its stages, with commands that need no GPU."""
 
-import itertools
 import json
 import os
 import re
@@ -187,28 +186,38 @@ def test_stress_runs_every_test_of_its_file_once() -> None:
     names = [name for name in vars(test_gpu) if name.startswith("test_")]
     chosen = [[n for n in names if word in n] for word in (huge, *slow.split(" or "))]
     assert chosen == [
-        ["test_huge", "test_huge_convolution"],
+        ["test_huge", "test_huge_convolution", "test_huge_fly_hash"],
         *(["test_derivatives"], ["test_opcheck"], ["test_compile"]),
     ]
     assert len(names) > len(chosen)
 
 
-@pytest.mark.parametrize("sizes", [(5, 3, 4, 12, 13), (1, 3, 9, 14, 12), (3, 9, 10, 2, 2)])
-def test_a_huge_convolution_compares_what_it_should(sizes: tuple[int, ...]) -> None:
-    """In small, on the emulated kernels; and not a result that is wrong in a corner."""
+HUGE = {  # in small
+    "conv of many samples": (test_gpu.compare_convolution, (5, 3, 4, 12, 13), 3),
+    "conv of many pixels": (test_gpu.compare_convolution, (1, 3, 9, 14, 12), 3),
+    "conv of many weights": (test_gpu.compare_convolution, (3, 9, 10, 2, 2), 1),
+    "fly_hash": (test_gpu.compare_fly_hash, (9, 20, 40)),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_results_are_compared(name: str) -> None:
+    """On the emulated kernels; a last element that is wrong is seen."""
     torch.ops.load_library(str(EMULATED))
     emulated = {name: getattr(torch.ops.neuromod_emulated, name).default for name in _ops.NAMES}
-    side = 3 if sizes[3] > 2 else 1
-    test_gpu.compare_convolution(sizes, side, emulated, "cpu")
-    for name, result in itertools.product(("manifold_conv", "manifold_conv_backward"), range(4)):
+    compare, *sizes = HUGE[name]
+    compare(*sizes, emulated, "cpu")
+    first = name.split()[0].replace("conv", "manifold_conv")
+    backward = 4 if "conv" in name else 1  # results
+    for op, place in [(first, 0), *((f"{first}_backward", i) for i in range(backward))]:
 
-        def wrong(*args: Any, name: str = name, result: int = result, **options: Any) -> Any:
-            out = emulated[name](*args, **options)
-            (out if isinstance(out, tuple) else (out,) * 4)[result].flatten()[-1] += 100
+        def wrong(*args: Any, op: str = op, place: int = place, **options: Any) -> Any:
+            out = emulated[op](*args, **options)
+            (out if isinstance(out, tuple) else (out,))[place].flatten()[-1] += 100
             return out
 
         with pytest.raises(AssertionError):
-            test_gpu.compare_convolution(sizes, side, emulated | {name: wrong}, "cpu")
+            compare(*sizes, emulated | {op: wrong}, "cpu")
 
 
 @pytest.mark.parametrize(
