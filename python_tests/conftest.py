@@ -7,7 +7,7 @@ runs on that backend.
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if wanted is not None:
         calls = [(item, getattr(item, "callspec", None)) for item in items]
         items[:] = [item for item, call in calls if call and call.params.get("backend") == wanted]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A kernel that fails takes the GPU from its process, where no test can pass any more.
+
+    pytest-xdist goes on in a fresh process.
+    """
+    report = yield
+    if report.failed and call.excinfo and torch.cuda.is_initialized():
+        from benchmarks.speed import harness
+
+        if harness.is_lost(torch.device("cuda")):
+            said = f"{item.nodeid} lost the GPU: {call.excinfo.exconly()}"
+            if "PYTEST_XDIST_WORKER" not in os.environ:
+                pytest.exit(said, 1)
+            print(said, file=sys.__stderr__, flush=True)
+            os._exit(1)
+    return report
 
 
 @pytest.fixture(autouse=True)

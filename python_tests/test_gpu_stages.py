@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import sanitizer_cases
@@ -20,7 +19,7 @@ from conftest import EMULATED
 from benchmarks.gpu import __main__ as driver
 from benchmarks.gpu import bench
 from benchmarks.speed import cuda_plan_costs as plans
-from benchmarks.speed import harness, measure, results
+from benchmarks.speed import harness, results
 from benchmarks.speed.runner import BENCHES
 from neuromod_ext import _ops
 
@@ -302,38 +301,6 @@ def test_the_speed_stage(tmp_path: Path, monkeypatch, capsys) -> None:
         assert shown.count("manifold_metric N16 K3 float32") == expected
     assert len(results.read(tmp_path / "speed-cuda-none.json")["cases"]) == 2
     assert (tmp_path / "speed-cuda-none.png").exists()
-
-
-def test_after_a_kernel_that_failed_a_fresh_process_goes_on(tmp_path: Path, monkeypatch) -> None:
-    quick = list(BENCHES["manifold_metric"](torch.float32, True))
-    monkeypatch.setattr(bench, "groups", lambda dtype: quick if dtype == torch.float32 else [])
-    monkeypatch.setattr(bench, "card", lambda: "none")
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    for module in (bench, measure):
-        monkeypatch.setattr(module, "is_lost", lambda device: True)
-
-    def fresh(program: str, words: list[str]) -> None:
-        assert words == [program, "-m", "benchmarks.gpu.bench"]
-        raise SystemExit
-
-    monkeypatch.setattr(os, "execv", fresh)
-    for measured in (1, 2):
-        with pytest.raises(SystemExit):
-            bench.main(torch.device("cpu"))
-        cases = results.read(tmp_path / "speed-cuda-none.json")["cases"]
-        assert len(cases) == measured
-        assert cases[-1]["summary"]["ratio"] is None
-        assert not cases[-1]["limits"]
-    bench.main(torch.device("cpu"))
-    assert (tmp_path / "speed-cuda-none.png").exists()
-
-
-def test_a_gpu_is_lost_when_a_kernel_has_failed(monkeypatch) -> None:
-    gpu, failed = torch.device("cuda"), Mock(side_effect=RuntimeError("an illegal access"))
-    for outcome, lost in ((Mock(), False), (failed, True)):
-        monkeypatch.setattr(torch.cuda, "synchronize", outcome)
-        assert harness.is_lost(gpu) is lost
-    assert not harness.is_lost(torch.device("cpu"))
 
 
 def test_the_plans_stage(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -59,8 +59,9 @@ def stages(arch: str, card: str = "") -> dict[str, Stage]:
     """All of them, in order; ``arch`` is the GPU's, as nvcc calls it, ``card`` as files do."""
     python, sanitizer = sys.executable, find_sanitizer()
     pytest = [python, "-m", "pytest", "-rs", "--durations=5"]
-    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    stress = [*pytest, "python_tests/test_gpu.py", "-k"]
+    xdist = importlib.util.find_spec("xdist") is not None  # it outlives a process that lost the GPU
+    parallel, alone = (["-n", "8"], ["-n", "1"]) if xdist else ([], [])
+    stress = [*pytest, *alone, "python_tests/test_gpu.py", "-k"]
     watched = [python, "python_tests/sanitizer_cases.py", "cuda", str(CASES)]
     watch = [sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--tool"]
     slow = "derivatives or opcheck or compile"
