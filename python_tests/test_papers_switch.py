@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.papers import gates, switch_mnist
 from benchmarks.papers.__main__ import main
+from benchmarks.papers.report import Interval
 from neuromod_ext.nn import switch as library
 
 AND, XOR = gates.GATES["AND"], gates.GATES["XOR"]
@@ -141,6 +142,47 @@ def test_a_tiny_run_on_digits(tmp_path: Path) -> None:
         assert 10 < np.mean(run["accuracy_by_seed_and_task"]) < 100
     switch, extra = (record["summary"][0]["parameters"][m] for m in ("switch", "extra input"))
     assert extra - switch == 9 * switch_mnist.CHANNELS[0]
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch) -> None:
+    options = ["switch-classes", "--seeds", "2", "--epochs", "1", "--train-images", "200"]
+    options += ["--hidden", "3", "5"]
+    assert main([*options, "--out", str(tmp_path / "whole")]) == 0
+    learn, sizes = switch_mnist.SwitchedDigits._learn, []
+
+    def interrupted(self, model, hidden, tasks):
+        if len(sizes) == 3:
+            raise KeyboardInterrupt
+        sizes.append(hidden)
+        return learn(self, model, hidden, tasks)
+
+    broken = [*options, "--out", str(tmp_path / "broken")]
+    monkeypatch.setattr(switch_mnist.SwitchedDigits, "_learn", interrupted)
+    assert main(broken) == 130
+    del sizes[:2]  # lets it learn the last network, and no other one
+    assert main(broken) == 0
+    assert sizes == [5, 5]
+    whole, again = (
+        json.loads((tmp_path / name / "switch-classes-digits.json").read_text())["runs"]
+        for name in ("whole", "broken")
+    )
+    for run in (*whole, *again):
+        del run["seconds"]
+    assert whole == again
+
+
+def test_curves_cross_where_intervals_say_so() -> None:
+    def rows(*differences: tuple[float, float]):
+        return [
+            {"parameters": {"switch": 10**i}, switch_mnist.DIFFERENCE: Interval(*map(np.array, d))}
+            for i, d in enumerate(differences)
+        ]
+
+    cross = switch_mnist.crossings
+    assert cross(rows((2, 1), (-0.5, 1), (0.5, 1), (-2, 1))) == [{"above": 1, "below": 1000}]
+    assert cross(rows((2, 1), (-0.5, 1), (2, 1))) == []
+    assert len(cross(rows((-2, 1), (2, 1), (-3, 1)))) == 2
 
 
 def test_a_row_of_the_networks_is_an_ordinary_cnn_switched() -> None:

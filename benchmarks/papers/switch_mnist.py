@@ -12,8 +12,9 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from benchmarks.papers import report
 from benchmarks.papers.data import Images, Inputs, load
+from benchmarks.papers.resume import Kept
 from neuromod_ext._seeded import Seeded
 from neuromod_ext.nn.switch import Hadamard
 from neuromod_ext.plotting.switch import plot_accuracy_by_size
@@ -33,6 +35,7 @@ Model = Literal["extra input", "switch"]
 MODELS: tuple[Model, ...] = ("extra input", "switch")
 CHANNELS = (8, 20)
 CLASSES = 5
+DIFFERENCE = "switch − extra input"
 
 
 @dataclass
@@ -41,7 +44,8 @@ class SwitchedDigits:
 
     The switch (state 1 has all weights rotated, all biases shifted; both states learn in each
     batch, through the rotation's transpose) against the same CNN with the task as one more,
-    constant input channel.
+    constant input channel. Finished networks are kept: after an interruption the same command
+    goes on.
     """
 
     data: Literal["digits", "mnist"] = "digits"
@@ -66,10 +70,13 @@ class SwitchedDigits:
     """Threads of torch."""
     out: Path = Path("figures")
     """Folder for the figure and the JSON."""
+    fresh: bool = False
+    """Forget an unfinished run."""
+
+    if_interrupted: ClassVar[str] = "finished networks are kept, the same command goes on"
 
     def run(self, console: Console) -> None:
         """Train and test all sizes, print the table, write the figure and the JSON."""
-        start = time.perf_counter()
         for name in ("seeds", "epochs", "batch_size", "threads"):
             if getattr(self, name) < 1:
                 option = name.replace("_", "-")
@@ -79,6 +86,8 @@ class SwitchedDigits:
         report.prepare(self.out)
         torch.set_num_threads(self.threads)
         tasks = Tasks.load(self)
+        options = {n: v for n, v in asdict(self).items() if n not in ("threads", "out", "fresh")}
+        kept = Kept(self.out / f"switch-classes-{self.data}.unfinished", options, fresh=self.fresh)
         record: dict[str, Any] = {
             "experiment": "switch-classes",
             "config": asdict(self),
@@ -88,27 +97,35 @@ class SwitchedDigits:
         }
         for hidden in self.hidden:
             for model in MODELS:
-                began = time.perf_counter()
-                nets = Networks(model, tasks.side, hidden, self.seeds, self.shift)
-                for _ in train(nets, tasks, self):
-                    pass
-                accuracy = nets.accuracy(tasks)
-                record["runs"].append(
-                    {
-                        "model": model,
-                        "hidden": hidden,
-                        "parameters": nets.w.shape[1] + nets.b.shape[1],
-                        "accuracy_by_seed_and_task": accuracy.tolist(),
-                        "seconds": time.perf_counter() - began,
-                    }
-                )
-                mean = report.interval(accuracy.mean(1).numpy())
+                part = f"{model.replace(' ', '-')}-{hidden}"
+                run = kept.load(part)
+                if run is None:
+                    run = self._learn(model, hidden, tasks)
+                    kept.save(part, run)
+                record["runs"].append(run)
+                mean = report.interval(np.mean(run["accuracy_by_seed_and_task"], axis=1))
                 console.print(f"hidden {hidden}, {model}: {mean} %", soft_wrap=True)
         record["summary"] = summarise(record)
-        record["seconds"] = time.perf_counter() - start
+        record["crossings"] = crossings(record["summary"])
+        record["seconds"] = sum(run["seconds"] for run in record["runs"])
         console.print(table(record))
         for path in report.write(record, {"accuracy": figure(record)}, self.out):
             console.print(str(path), soft_wrap=True)
+        kept.forget()
+
+    def _learn(self, model: Model, hidden: int, tasks: Tasks) -> dict[str, Any]:
+        """Train and test all seeds of one model and size."""
+        began = time.perf_counter()
+        nets = Networks(model, tasks.side, hidden, self.seeds, self.shift)
+        for _ in train(nets, tasks, self):
+            pass
+        return {
+            "model": model,
+            "hidden": hidden,
+            "parameters": nets.w.shape[1] + nets.b.shape[1],
+            "accuracy_by_seed_and_task": nets.accuracy(tasks).tolist(),
+            "seconds": time.perf_counter() - began,
+        }
 
 
 @dataclass
@@ -274,29 +291,46 @@ def summarise(record: dict[str, Any]) -> list[dict[str, Any]]:
                 "hidden": hidden,
                 "parameters": {name: run["parameters"] for name, run in runs.items()},
                 **{name: report.interval(mean) for name, mean in means.items()},
-                "switch − extra input": report.interval(means["switch"] - means["extra input"]),
+                DIFFERENCE: report.interval(means["switch"] - means["extra input"]),
             }
         )
     return rows
 
 
+def crossings(rows: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """Where the better model changes with size, in parameters of the switch.
+
+    Only sizes at which the 95 % interval of the paired difference leaves out 0 tell which is the
+    better; a crossing lies between two such neighbours.
+    """
+    clear = [row for row in rows if abs(row[DIFFERENCE].mean) > row[DIFFERENCE].half]
+    return [
+        {"above": a["parameters"]["switch"], "below": b["parameters"]["switch"]}
+        for a, b in pairwise(clear)
+        if (a[DIFFERENCE].mean > 0) != (b[DIFFERENCE].mean > 0)
+    ]
+
+
 def table(record: dict[str, Any]) -> Table:
     """The results, for a terminal."""
     config = record["config"]
+    found = [f"{c['above']:,} and {c['below']:,}" for c in record["crossings"]]
+    where = f"cross between {' and between '.join(found)} parameters" if found else "do not cross"
     sheet = Table(
         title=f"Digits 0 to 4 and 5 to 9, {config['data']}: test accuracy in %",
-        caption=f"Mean of both tasks ± 95 % t-interval over {config['seeds']} seeds.",
+        caption=f"Mean of both tasks ± 95 % t-interval over {config['seeds']} seeds; "
+        f"as far as these tell, the curves {where}.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
     )
-    for title in ("hidden", "parameters", *MODELS, "switch − extra input"):
+    for title in ("hidden", "parameters", *MODELS, DIFFERENCE):
         sheet.add_column(title, justify="right")
     for row in record["summary"]:
         cells = (f"{row[model]}" for model in MODELS)
         count = f"{row['parameters']['switch']:,}"
-        sheet.add_row(str(row["hidden"]), count, *cells, f"{row['switch − extra input']:+}")
+        sheet.add_row(str(row["hidden"]), count, *cells, f"{row[DIFFERENCE]:+}")
     return sheet
 
 
