@@ -37,19 +37,22 @@ def plot_task_structure(
         ImportError: There is no matplotlib.
     """
     figure = empty(11, 3.6 * len(networks), title)
-    grid = figure.add_gridspec(len(networks), 3, width_ratios=(1.3, 1, 1))
+    grid = figure.add_gridspec(len(networks), 3, width_ratios=(1.4, 1, 1))
     for row, (kind, (clusters, cosine, euclidean)) in enumerate(networks.items()):
         space: Any = figure.add_subplot(grid[row, 0], projection="3d")
         for (task, points), style in zip(clusters.items(), STYLES, strict=False):
             space.scatter(*np.asarray(points).T, s=7, label=task, color=style["color"])
-        space.set(xlabel="PC 1", ylabel="PC 2", zlabel="PC 3", title=kind)
-        space.legend(fontsize=8, frameon=False)
+        space.set(xlabel="PC 1", title=kind)
+        space.set_ylabel("PC 2", labelpad=7)
+        space.set_zlabel("PC 3", labelpad=4)
+        # beside the box, whose right edge bears the ticks of PC 3
+        space.legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(0.0, 1.0))
         for column, (name, pairs) in enumerate((("cosine", cosine), ("Euclidean", euclidean)), 1):
             axes = figure.add_subplot(grid[row, column])
             top = max(float(np.max(values)) for values in pairs.values())
             for (pair, values), style in zip(pairs.items(), STYLES, strict=False):
                 shape: dict[str, Any] = {
-                    "bins": 50,
+                    "bins": 25,
                     "range": (0, top),
                     "density": True,
                     "histtype": "step",
