@@ -45,7 +45,7 @@ class SwitchedDigits:
     The switch (state 1 has all weights rotated, all biases shifted; both states learn in each
     batch, through the rotation's transpose) against the same CNN with the task as one more,
     constant input channel. Finished networks are kept: after an interruption the same command
-    goes on.
+    goes on, also with other sizes.
     """
 
     data: Literal["digits", "mnist"] = "digits"
@@ -86,7 +86,8 @@ class SwitchedDigits:
         report.prepare(self.out)
         torch.set_num_threads(self.threads)
         tasks = Tasks.load(self)
-        options = {n: v for n, v in asdict(self).items() if n not in ("threads", "out", "fresh")}
+        other = ("hidden", "threads", "out", "fresh")  # what no network depends on but by its name
+        options = {n: v for n, v in asdict(self).items() if n not in other}
         kept = Kept(self.out / f"switch-classes-{self.data}.unfinished", options, fresh=self.fresh)
         record: dict[str, Any] = {
             "experiment": "switch-classes",
