@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuromod_ext import _checks, _conv_checks, _fly_checks, reference
+from neuromod_ext import _checks, _conv_checks, _fly_checks, _hadamard_checks, reference
 from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext._conv_checks import Options
 from neuromod_ext.reference import Gradients
@@ -45,6 +45,8 @@ NAMES = (
     "fly_hash_backward",
     "fly_readout",
     "fly_readout_backward",
+    "hadamard_rotate",
+    "hadamard_rotate_",
 )
 
 
@@ -323,6 +325,15 @@ def _fake_fly_readout_backward(
         new(gain.shape) if needed[1] else new(0),
         new(readout.shape) if needed[2] else new(0),
     )
+
+
+def _fake_hadamard_rotate(weights: Tensor, signs: Tensor, inverse: bool = False) -> Tensor:
+    _hadamard_checks.hadamard_rotate(weights, signs)
+    return weights.new_empty(weights.shape)
+
+
+def _fake_hadamard_rotate_(weights: Sequence[Tensor], signs: Tensor, inverse: bool = False) -> None:
+    _hadamard_checks.hadamard_rotate_(weights, signs)
 
 
 if EXTENSION:

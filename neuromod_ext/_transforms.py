@@ -32,6 +32,19 @@ def surrounded() -> bool:
     return not torch.compiler.is_compiling() and tangents_active()
 
 
+def refuse_transforms(op: str) -> None:
+    """Refuse to change operands in place under a ``torch.func`` transform.
+
+    Raises:
+        NotImplementedError: One surrounds the caller.
+    """
+    if transform_active():
+        raise NotImplementedError(
+            f"{op}: expected no torch.func transform around it, got one; it works in place and "
+            "is not differentiable"
+        )
+
+
 def low_precision(device: torch.device, *operands: Tensor | None) -> list[Any]:
     """The operands in the dtype that autocast asks for on a device; float64 stays."""
     dtype = torch.get_autocast_dtype(device.type)

@@ -18,14 +18,22 @@ from neuromod_ext import _checks, autograd
 from neuromod_ext._contraction import contract
 from neuromod_ext._conv import manifold_conv1d, manifold_conv2d, manifold_conv3d
 from neuromod_ext._fly import fly_hash, fly_readout, gain_linear
+from neuromod_ext._hadamard import hadamard_rotate, hadamard_rotate_
 from neuromod_ext._ops import EXTENSION, OPS
-from neuromod_ext._transforms import low_precision, size_left_open, transform_active
+from neuromod_ext._transforms import (
+    low_precision,
+    refuse_transforms,
+    size_left_open,
+    transform_active,
+)
 from neuromod_ext.reference import MANIFOLD_LINEAR
 
 __all__ = [
     "fly_hash",
     "fly_readout",
     "gain_linear",
+    "hadamard_rotate",
+    "hadamard_rotate_",
     "interpolate_weights",
     "manifold_conv1d",
     "manifold_conv2d",
@@ -283,7 +291,7 @@ def natural_step_(
         coeff=coeff,
         metric_inverse=metric_inverse,
     )
-    _refuse_transforms(op)
+    refuse_transforms(op)
     if _checks.autocast_enabled(input.device):
         input, grad_output = low_precision(input.device, input, grad_output)
         with torch.autocast(input.device.type, enabled=False):
@@ -292,14 +300,6 @@ def natural_step_(
     dual = torch.matmul(coeff, metric_inverse.mT) * -lr
     OPS["manifold_linear_update_"](basis, grad_output, input, dual)
     return basis
-
-
-def _refuse_transforms(op: str) -> None:
-    if transform_active():
-        raise NotImplementedError(
-            f"{op}: expected no torch.func transform around it, got one; it works in place and "
-            "is not differentiable"
-        )
 
 
 @torch.no_grad()
@@ -353,7 +353,7 @@ def manifold_step_(
     Source: ΔP = −(1/2λ) [∫M ds]⁻¹ ∫g ds of Benjamin et al., "Walking the Weight Manifold".
     """
     _checks.tensors("manifold_step_", param=param, grad=grad)
-    _refuse_transforms("manifold_step_")
+    refuse_transforms("manifold_step_")
     OPS["manifold_step_"](
         param,
         grad,
@@ -413,7 +413,7 @@ def manifold_step_foreach_(
     given = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers}
     for name, sequence in given.items():
         _checks.tensors(op, **{f"{name}[{i}]": t for i, t in enumerate(sequence)})
-    _refuse_transforms(op)
+    refuse_transforms(op)
     if metric_inverses is None:
         metric_inverses = [None] * len(params)
     rate = torch.as_tensor(lr, dtype=torch.float64).reshape(())

@@ -24,8 +24,16 @@ from neuromod_ext._fly_reference import (
     fly_readout,
     fly_readout_backward,
 )
+from neuromod_ext._hadamard_reference import hadamard_rotate, hadamard_rotate_
 
-__all__ = ["fly_hash", "fly_hash_backward", "fly_readout", "fly_readout_backward"]  # re-exported
+__all__ = [  # re-exported
+    "fly_hash",
+    "fly_hash_backward",
+    "fly_readout",
+    "fly_readout_backward",
+    "hadamard_rotate",
+    "hadamard_rotate_",
+]
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of input, basis, coeff and bias
 

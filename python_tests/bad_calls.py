@@ -245,6 +245,20 @@ def readout_rows(lead: str) -> Rows:
     ]  # fmt: skip
 
 
+SIGNS = torch.ones(6, dtype=torch.int8)  # of 5 weights: of rotations of 4 and of 2
+
+
+def sign_rows(name: str) -> Rows:
+    return [
+        ("float signs", {"signs": t(6)}, TypeError, "signs of dtype int8, got float32"),
+        ("signs of int64", {"signs": t(6, dtype=INT)}, TypeError, "signs of dtype int8, got int64"),
+        ("signs device", {"signs": SIGNS.to("meta")}, ValueError,
+         f"signs on cpu (where {name} is), got meta; move one of them"),
+        ("few signs", {"signs": SIGNS[:5]}, ValueError, "signs of shape [p + q] = [6], got [5]"),
+        ("signs rank", {"signs": SIGNS[None]}, ValueError, "signs of shape [p + q] = [6], got [1, 6]"),
+    ]  # fmt: skip
+
+
 GOOD: dict[str, dict[str, Any]] = {
     "manifold_linear": {"input": t(4, 6), "basis": t(3, 5, 6), "coeff": t(4, 3), "bias": t(3, 5)},
     "manifold_linear_backward": {
@@ -285,6 +299,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "fly_hash_backward": {"grad_output": t(4, 5), "input": t(4, 6), "index": FLY_INDEX},
     "fly_readout": FLY,
     "fly_readout_backward": {"grad_output": t(4, 7), **FLY, "needed": [True] * 3},
+    "hadamard_rotate": {"weights": t(3, 5), "signs": SIGNS},
+    "hadamard_rotate_": {"weights": [t(2, 2), t(1)], "signs": SIGNS},
 }  # fmt: skip
 INTERPOLATE_GRADIENTS: Rows = [
     ("rank 0", {G: t()}, ValueError, "grad_output of shape [B, ...], got []"),
@@ -447,4 +463,28 @@ BAD: dict[str, Rows] = {
     "fly_hash_backward": fly_rows(G),
     "fly_readout": readout_rows(X),
     "fly_readout_backward": readout_rows(G),
+    "hadamard_rotate": [
+        ("rank 0", {"weights": t()}, ValueError, "weights of shape [..., n], got []"),
+        ("no weight", {"weights": t(3, 0)}, ValueError, "weights of shape [..., n] with n >= 1, got [3, 0]"),
+        ("integers", {"weights": t(3, 5, dtype=INT)}, TypeError, "weights of dtype float64 or float32, got int64"),
+        ("bfloat16", {"weights": t(3, 5, dtype=BF16)}, TypeError,
+         "weights of dtype float64 or float32, got bfloat16; convert it with .float()"),
+        ("float16", {"weights": t(3, 5, dtype=F16)}, TypeError, "weights of dtype float64 or float32, got float16"),
+        ("more weights", {"weights": t(3, 7)}, ValueError, "signs of shape [p + q] = [8], got [6]"),
+        ("a power of two", {"weights": t(3, 4)}, ValueError, "signs of shape [p + q] = [4], got [6]"),
+        *sign_rows("weights"),
+    ],
+    "hadamard_rotate_": [
+        ("nothing", {"weights": []}, ValueError, "weights with at least one element, got none"),
+        ("empty", {"weights": [t(0), t(2, 0)]}, ValueError, "weights with at least one element, got none"),
+        ("integers", {"weights": [t(4, dtype=INT)]}, TypeError, "weights[0] of dtype float64 or float32, got int64"),
+        ("bfloat16", {"weights": [t(4, dtype=BF16), t(2)]}, TypeError,
+         "weights[0] of dtype float64 or float32, got bfloat16; convert it with .float()"),
+        ("two dtypes", {"weights": [t(4), t(2, dtype=F64)]}, TypeError,
+         "weights[1] of dtype float32 (that of weights[0]), got float64; convert one of them"),
+        ("two devices", {"weights": [t(4), meta(2)]}, ValueError,
+         "weights[1] on cpu (where weights[0] is), got meta; move one of them"),
+        ("one weight more", {"weights": [t(4), t(3)]}, ValueError, "signs of shape [p + q] = [8], got [6]"),
+        *sign_rows("weights[0]"),
+    ],
 }  # fmt: skip

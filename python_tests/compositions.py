@@ -269,6 +269,22 @@ def fly(x: Tensor, index: Tensor = FLY_INDEX) -> Tensor:
     return (m - m.mean(-1, keepdim=True)).relu()
 
 
+# Rotations of the first 8 and of the last 4 of 10 elements
+HADAMARD_SIGNS = torch.tensor([1, -1, -1, 1, 1, 1, -1, 1, -1, 1, 1, -1]).to(torch.int8)
+
+
+def hadamard_matrix() -> Tensor:
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    four = torch.kron(pair, pair)
+    first, last = torch.eye(10).double(), torch.eye(10).double()
+    first[:8, :8] = torch.kron(pair, four) / 8**0.5 * HADAMARD_SIGNS[:8]
+    last[6:, 6:] = four / 2 * HADAMARD_SIGNS[8:]
+    return last @ first
+
+
+HADAMARD_MATRIX = hadamard_matrix()
+
+
 def task_of(x: Tensor) -> Tensor:
     """Each sample's, of two."""
     return torch.arange(x.shape[0], device=x.device) % 2
@@ -298,6 +314,22 @@ FUNCTIONS += (
         lambda x, v, R: (fly(x) * v[task_of(x)]) @ R.mT,
         lambda d, B: (d.tensor(B, 4), d.tensor(2, 5), d.tensor(3, 5)),
         (True, False, False),
+    ),
+    Composition(
+        "hadamard_rotate",
+        "ten",
+        lambda x: MF.hadamard_rotate(x, HADAMARD_SIGNS.to(x.device)),
+        lambda x: x @ HADAMARD_MATRIX.mT.to(x),
+        lambda d, B: (d.tensor(B, 10),),
+        (True,),
+    ),
+    Composition(
+        "hadamard_rotate",
+        "back",
+        lambda x: MF.hadamard_rotate(x, HADAMARD_SIGNS.to(x.device), inverse=True),
+        lambda x: x @ HADAMARD_MATRIX.to(x),
+        lambda d, B: (d.tensor(B, 2, 10),),
+        (True,),
     ),
     Composition(
         "gain_linear",
@@ -434,6 +466,7 @@ NOT_DIFFERENTIABLE = {
     "manifold_step_": "changes its operands; see test_manifold_step.py",
     "manifold_step_foreach_": "likewise; see test_manifold_step_foreach.py",
     "natural_step_": "changes its operands; see test_natural_step.py",
+    "hadamard_rotate_": "changes its operands; see test_hadamard_rotate.py",
 }
 ABSTRACT = {"ManifoldLayer": "abstract; its children are tested"}
 
@@ -449,6 +482,7 @@ CENTRAL = (
     "ManifoldConv2d-ellipse",
     "fly_hash-plain",
     "fly_readout-tasks",
+    "hadamard_rotate-back",
     "gain_linear-tasks",
     "FlyNet-fixed",
 )

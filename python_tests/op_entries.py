@@ -13,6 +13,7 @@ from bounds import Array, Expected, expect
 from conv_entries import CONV
 from entry import Call, Op, einsum, rows
 from fly_entries import FLY
+from hadamard_entries import HADAMARD
 from linear_entries import LINEAR
 from sampling import Draw, wide
 from torch import Tensor
@@ -204,6 +205,7 @@ OPS = {
         *LINEAR,
         *CONV,
         *FLY,
+        *HADAMARD,
         Op("interpolate_weights", interpolate_draw("Pc"), interpolate_large("Pc"), interpolate),
         Op(
             "interpolate_weights_backward",

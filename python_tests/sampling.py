@@ -43,7 +43,10 @@ def placed(values: Tensor, layout: str) -> Tensor:
     step = 2 if layout == "strided" else 1
     start = GUARD + (1 if layout == "offset" else 0)
     stop = start + math.prod(shape) * step
-    guard = math.nan if values.is_floating_point() else torch.iinfo(values.dtype).max // 2 + 12345
+    guard = math.nan
+    if not values.is_floating_point():
+        most = torch.iinfo(values.dtype).max
+        guard = most // 2 + min(12345, most // 4)
     base = torch.full((stop + GUARD,), guard, dtype=values.dtype, device=values.device)
     view = base[start:stop:step].view(shape)
     if layout == "transposed":

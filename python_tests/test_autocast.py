@@ -12,8 +12,13 @@ import neuromod_ext.functional as MF
 
 LOW = (torch.bfloat16, torch.float16)
 every = pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
-# weights and metrics stay as they are, and so does what is only scaled
-FULL_PRECISION = ("interpolate_weights", "manifold_metric", "ContextModulation")
+# weights and metrics stay as they are, and so does what is only scaled or rotated
+FULL_PRECISION = (
+    "interpolate_weights",
+    "manifold_metric",
+    "ContextModulation",
+    "hadamard_rotate",
+)
 
 
 def explicit(

@@ -22,6 +22,7 @@ OURS = {
     "manifold_metric": ("manifold_metric",),
     "fly_hash": ("fly_hash", "fly_hash_backward"),
     "fly_readout": ("fly_readout", "fly_readout_backward"),
+    "hadamard_rotate": ("hadamard_rotate",),
     "FlyHash": ("fly_hash", "fly_hash_backward"),
     "FlyNet": ("fly_readout", "fly_readout_backward"),
 }

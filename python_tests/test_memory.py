@@ -122,6 +122,7 @@ SAME = {
     "interpolate_weights_grad_coeff": lambda d: (g := d.tensor(4, 2, 3), g),
     "manifold_metric": lambda d: (c := d.tensor(5, 5), c[0]),
     "fly_hash": lambda d: (d.tensor(3, 3), FLY_INDEX),
+    "hadamard_rotate": lambda d: (d.tensor(3, 5), torch.ones(6, dtype=torch.int8)),
     "fly_hash_backward": lambda d: (x := d.tensor(4, 4), x, FLY_INDEX),
     "fly_readout": lambda d: (x := d.tensor(4, 4), FLY_INDEX, x[0], x, None),
     "fly_readout_backward": lambda d: (x := d.tensor(4, 4), x, FLY_INDEX, x[0], x, None),

@@ -373,6 +373,12 @@ def test_refusals(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_overwriting_yields_the_same(kind: str, dtype: torch.dtype) -> None:
-    m, w = KINDS[kind](), vectors(3, dtype=dtype)
-    assert torch.equal(m.overwrite(w.clone()), m(w))
-    assert torch.equal(m.overwrite(w.clone(), inverse=True), m.inverse(w))
+    m, w = KINDS[kind](), vectors(1, dtype=dtype)[0]
+    for inverse in (False, True):
+        want = m.inverse(w) if inverse else m(w)
+        for sizes in ([N], [4, N - 4]):
+            parts = [part.clone() for part in w.split(sizes)]
+            m.overwrite([parts[0].view(2, -1), *parts[1:]], inverse)
+            assert torch.equal(torch.cat(parts), want)
+    with pytest.raises(ValueError, match=f"expected {m.size} weights to overwrite, got {N - 1}"):
+        m.overwrite([w[1:]])

@@ -11,6 +11,7 @@
 #define NEUROMOD_CONCAT(a, b) NEUROMOD_CONCAT_(a, b)
 #define NEUROMOD_VECTOR_SET NEUROMOD_CONCAT(vector_set_, NEUROMOD_ISA)
 #define NEUROMOD_FLY_HASH_VECTORS NEUROMOD_CONCAT(fly_hash_vectors_, NEUROMOD_ISA)
+#define NEUROMOD_HADAMARD_VECTORS NEUROMOD_CONCAT(hadamard_vectors_, NEUROMOD_ISA)
 
 namespace neuromod {
 namespace {
@@ -304,9 +305,11 @@ const Ops<Float16> float16;
 
 }  // namespace
 
-extern const FlyHashVectors NEUROMOD_FLY_HASH_VECTORS;  // fly_hash/fly_hash_vector.cpp
+extern const FlyHashVectors NEUROMOD_FLY_HASH_VECTORS;   // fly_hash/fly_hash_vector.cpp
+extern const HadamardVectors NEUROMOD_HADAMARD_VECTORS;  // hadamard_rotate/hadamard_rotate_vector.cpp
 extern const VectorSet NEUROMOD_VECTOR_SET;
-const VectorSet NEUROMOD_VECTOR_SET = {NEUROMOD_STRING(NEUROMOD_ISA), &float64, &float32, &bfloat16, &float16,
-                                       &NEUROMOD_FLY_HASH_VECTORS};
+const VectorSet NEUROMOD_VECTOR_SET = {
+    NEUROMOD_STRING(NEUROMOD_ISA), &float64, &float32, &bfloat16, &float16, &NEUROMOD_FLY_HASH_VECTORS,
+    &NEUROMOD_HADAMARD_VECTORS};
 
 }  // namespace neuromod

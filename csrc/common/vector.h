@@ -3,6 +3,7 @@
 
 #include "common/element.h"
 #include "fly_hash/fly_hash_vector.h"
+#include "hadamard_rotate/hadamard_rotate_vector.h"
 #include "manifold_step/manifold_step.h"
 
 namespace neuromod {
@@ -78,6 +79,7 @@ struct VectorSet {
   const VectorOps<BFloat16>* bfloat16;
   const VectorOps<Float16>* float16;
   const FlyHashVectors* fly_hash;
+  const HadamardVectors* hadamard;
 };
 
 /// Those for this processor.
@@ -103,6 +105,16 @@ const FlyHashOps<acc_t<T>>& fly_hash_vectors() {
     return *vector_set().fly_hash->float64;
   } else {
     return *vector_set().fly_hash->float32;
+  }
+}
+
+/// Those of hadamard_rotate.
+template <class A>
+const HadamardOps<A>& hadamard_vectors() {
+  if constexpr (std::is_same_v<A, double>) {
+    return *vector_set().hadamard->float64;
+  } else {
+    return *vector_set().hadamard->float32;
   }
 }
 

@@ -1,7 +1,8 @@
 """The fixed affine switch: modulators, and models they switch between functions."""
 
+from neuromod_ext._hadamard_reference import hadamard_transform
 from neuromod_ext.nn.switch.dense import Dense, Orthogonal
-from neuromod_ext.nn.switch.hadamard import Hadamard, hadamard_transform
+from neuromod_ext.nn.switch.hadamard import Hadamard
 from neuromod_ext.nn.switch.kronecker import Kronecker
 from neuromod_ext.nn.switch.layout import Layout, layout
 from neuromod_ext.nn.switch.library import RotatedShift, orthogonal_library

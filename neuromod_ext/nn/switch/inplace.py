@@ -15,30 +15,24 @@ from neuromod_ext.nn.switch.structured import BlockDiagonal
 
 @dataclass
 class Part:
-    """Some parameters, and how a state maps them; values may be overwritten.
+    """Some parameters, and how a state maps them.
 
     Attributes:
         slots: Their places.
-        there: From state 0.
-        back: To state 0.
+        overwrite: Maps the parameters where they lie, from state 0, or back if that is asked for.
         back_moved: What a difference of switched values is in state 0.
     """
 
     slots: Sequence[Slot]
-    there: Callable[[Tensor], Tensor]
-    back: Callable[[Tensor], Tensor]
+    overwrite: Callable[[Sequence[Tensor], bool], None]
     back_moved: Callable[[Tensor], Tensor]
 
 
 def parts(at: Layout, modulator: Modulator, shift: Tensor) -> list[Part]:
-    """The maps of a state: of all weights, or of each layer's; and of the biases."""
-    found = [_weights(at.weights, modulator)]
-    blocks = layer_blocks(at, modulator)
-    if blocks is not None:
-        pairs = zip(at.weights, blocks, strict=True)
-        found = [_weights([slot], block) for slot, block in pairs]
+    """The maps of a state: of the weights, and of the biases."""
+    found = [Part(at.weights, modulator.overwrite, modulator.inverse)]
     if at.biases:
-        found.append(Part(at.biases, lambda b: b + shift, lambda b: b - shift, lambda b: b))
+        found.append(Part(at.biases, partial(_shift, shift), lambda b: b))
     return found
 
 
@@ -50,6 +44,7 @@ def layer_blocks(at: Layout, modulator: Modulator) -> Sequence[Modulator] | None
     return None
 
 
-def _weights(slots: Sequence[Slot], modulator: Modulator) -> Part:
-    back = partial(modulator.overwrite, inverse=True)
-    return Part(slots, modulator.overwrite, back, back)
+def _shift(shift: Tensor, biases: Sequence[Tensor], back: bool) -> None:
+    parts = shift.split([b.numel() for b in biases])
+    for bias, part in zip(biases, parts, strict=True):
+        bias.sub_(part.view(bias.shape)) if back else bias.add_(part.view(bias.shape))

@@ -1,32 +1,17 @@
-"""Modulators that are products of small matrices: Kronecker products, and fast rotations."""
+"""Modulators that are Kronecker products of small matrices."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from neuromod_ext._hadamard_reference import kronecker_product
 from neuromod_ext._seeded import Seeded
 from neuromod_ext.nn.switch.dense import square
 from neuromod_ext.nn.switch.modulator import Modulator
 from neuromod_ext.nn.switch.structured import gains
-
-
-def kronecker_product(factors: Sequence[Tensor], w: Tensor) -> Tensor:
-    """(F_1 ⊗ … ⊗ F_m) w of w [..., n], one factor at a time."""
-    shape, before = w.shape, 1
-    for factor in factors:
-        size = len(factor)
-        after = shape[-1] // (before * size)
-        if after == 1:
-            w = w.unflatten(-1, (before, size)) @ factor.T
-        else:
-            w = factor @ w.unflatten(-1, (before, size, after))
-        w = w.reshape(shape)
-        before *= size
-    return w
 
 
 class Kronecker(Modulator):

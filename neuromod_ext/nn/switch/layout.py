@@ -136,14 +136,5 @@ def flattened(model: nn.Module, slots: Sequence[Slot]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def write(model: nn.Module, slots: Sequence[Slot], values: Tensor) -> None:
-    """Set the parameters at some places to a vector, in place."""
-    at = slots[0].begin
-    for slot in slots:
-        part, parameter = values[slot.begin - at : slot.end - at], slot.of(model)
-        if part.data_ptr() != parameter.data_ptr():  # else it was overwritten
-            parameter.copy_(part.view(slot.shape))
-
-
 def _name(t: Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} on {t.device}"

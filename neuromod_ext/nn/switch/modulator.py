@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from neuromod_ext._checks import FLOATING, accumulation_dtype
 from neuromod_ext._seeded import Seeded
+from neuromod_ext.nn.switch.vector import copied, write
 
 Self = TypeVar("Self", bound="Modulator")
 
@@ -89,15 +90,31 @@ class Modulator(nn.Module, ABC):
     @abstractmethod
     def _transpose(self, w: Tensor) -> Tensor: ...
 
-    def overwrite(self, weights: Tensor, inverse: bool = False) -> Tensor:
-        """M w, or M⁻¹ w, in the memory of w where the kind can, else in new memory.
+    @torch.no_grad()
+    def overwrite(self, parts: Sequence[Tensor], inverse: bool = False) -> None:
+        """Set w to M w, or to M⁻¹ w, where it lies; not differentiable.
 
-        Arguments and errors as of a call; not differentiable.
+        Args:
+            parts: Tensors whose elements, one after the other, are the n weights.
+            inverse: Whether M⁻¹ is meant.
+
+        Raises:
+            ValueError: They are not n.
         """
-        with torch.no_grad():
-            return self._run(self._inverse_ if inverse else self._map_, weights)
+        size = sum(part.numel() for part in parts)
+        if size != self.size:
+            raise ValueError(
+                f"{type(self).__name__}: expected {self.size} weights to overwrite, got {size}"
+            )
+        self._overwrite(parts, inverse)
+
+    def _overwrite(self, parts: Sequence[Tensor], inverse: bool) -> None:
+        """By way of one vector; that of one contiguous part is itself."""
+        flat = parts[0].reshape(-1) if len(parts) == 1 else copied(parts)
+        write(parts, self._run(self._inverse_ if inverse else self._map_, flat))
 
     def _map_(self, w: Tensor) -> Tensor:
+        """M w, in the memory of w where the kind can."""
         return self._map(w)
 
     def _inverse_(self, w: Tensor) -> Tensor:

@@ -276,6 +276,13 @@ class BlockDiagonal(Modulator):
         parts = zip(self.blocks, w.split(self.sizes, -1), strict=True)
         return torch.cat([block.transpose(part) for block, part in parts], -1)
 
+    def _overwrite(self, parts: Sequence[Tensor], inverse: bool) -> None:
+        if [part.numel() for part in parts] == self.sizes:
+            for block, part in zip(self.blocks, parts, strict=True):
+                block.overwrite([part], inverse)
+        else:
+            super()._overwrite(parts, inverse)
+
     def singular_range(self) -> tuple[float, float]:
         """The least and the largest of all blocks'."""
         lows, highs = zip(*(block.singular_range() for block in self.blocks), strict=True)

@@ -15,10 +15,11 @@ from neuromod_ext import functional
 from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext.nn.switch.inplace import Part, layer_blocks, parts
 from neuromod_ext.nn.switch.layers import PLAIN, TIED, retyped
-from neuromod_ext.nn.switch.layout import Slot, flattened, layout, write
+from neuromod_ext.nn.switch.layout import Slot, flattened, layout
 from neuromod_ext.nn.switch.modulator import Modulator
 from neuromod_ext.nn.switch.states import State, coefficients
 from neuromod_ext.nn.switch.tied import Ambient, Tied
+from neuromod_ext.nn.switch.vector import copied, write
 
 
 class Switchable(nn.Module):
@@ -170,13 +171,11 @@ class Switchable(nn.Module):
                 "call switch_back_() first"
             )
         for part in self._parts(state):
-            old = flattened(self.module, part.slots)
-            if self.keep_original:
-                kept = old.clone()
-                self._kept.append((kept, part.there(old.clone())))
-                write(self.module, part.slots, self._kept[-1][1])
-            else:
-                write(self.module, part.slots, part.there(old))
+            parameters = [slot.of(self.module) for slot in part.slots]
+            old = copied(parameters) if self.keep_original else None
+            part.overwrite(parameters, False)
+            if old is not None:
+                self._kept.append((old, copied(parameters)))
         self._set_state(state)
 
     @torch.no_grad()
@@ -189,13 +188,13 @@ class Switchable(nn.Module):
         if self.state == 0:
             raise RuntimeError("switch_back_: expected switched parameters, got state 0")
         for i, part in enumerate(self._parts(self.state)):
-            now = flattened(self.module, part.slots)
+            parameters = [slot.of(self.module) for slot in part.slots]
             if self.keep_original:
                 old, new = self._kept[i]
-                moved = part.back_moved(now - new)
-                write(self.module, part.slots, torch.where(moved == 0, old, old + moved))
+                moved = part.back_moved(copied(parameters) - new)
+                write(parameters, torch.where(moved == 0, old, old + moved))
             else:
-                write(self.module, part.slots, part.back(now))
+                part.overwrite(parameters, True)
         self._kept = []
         self._set_state(0)
 
