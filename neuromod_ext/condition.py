@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
+from neuromod_ext._ambient import restored
 from neuromod_ext.nn._layer import Condition, ManifoldLayer
 from neuromod_ext.topology import Topology
 
@@ -90,19 +90,7 @@ class Conditioned(nn.Module):
             which the layers have the coefficients they have now.
         """
         now = [(layer, layer.ambient_coeff) for layer in self._layers()]
-        return nullcontext(), _restored(now)
+        return nullcontext(), restored("ambient_coeff", now)
 
     def _layers(self) -> list[ManifoldLayer]:
         return [module for module in self.module.modules() if isinstance(module, ManifoldLayer)]
-
-
-@contextmanager
-def _restored(coeffs: list[tuple[ManifoldLayer, Tensor | None]]) -> Iterator[None]:
-    before = [layer.ambient_coeff for layer, _ in coeffs]
-    for layer, coeff in coeffs:
-        layer.ambient_coeff = coeff
-    try:
-        yield
-    finally:
-        for (layer, _), coeff in zip(coeffs, before, strict=True):
-            layer.ambient_coeff = coeff

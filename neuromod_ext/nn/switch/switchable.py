@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neuromod_ext import functional
+from neuromod_ext._ambient import restored
 from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext.nn.switch.inplace import Part, layer_blocks, parts
 from neuromod_ext.nn.switch.layers import PLAIN, TIED, retyped
@@ -241,7 +242,8 @@ class Switchable(nn.Module):
             A context for the first run, which changes nothing, and one for the recomputation, in
             which the layers have the states they have now.
         """
-        return nullcontext(), _restored([(layer, layer.ambient) for layer in self._layers()])
+        now = [(layer, layer.ambient) for layer in self._layers()]
+        return nullcontext(), restored("ambient", now)
 
     def extra_repr(self) -> str:
         """The sizes of the two vectors."""
@@ -311,15 +313,3 @@ def _split(stacked: Tensor, slots: Sequence[Slot], found: dict[str, dict[str, Te
     for slot in slots:
         part = stacked[:, slot.begin - at : slot.end - at].unflatten(1, slot.shape)
         found.setdefault(slot.module, {})[slot.name] = part
-
-
-@contextmanager
-def _restored(ambients: list[tuple[Tied, Ambient | None]]) -> Iterator[None]:
-    before = [layer.ambient for layer, _ in ambients]
-    for layer, ambient in ambients:
-        layer.ambient = ambient
-    try:
-        yield
-    finally:
-        for (layer, _), ambient in zip(ambients, before, strict=True):
-            layer.ambient = ambient
