@@ -20,6 +20,8 @@ def kronecker_product(factors: Sequence[Tensor], w: Tensor) -> Tensor:
         after = shape[-1] // (before * size)
         if after == 1:
             w = w.unflatten(-1, (before, size)) @ factor.T
+        elif before == 1:  # of a vector a plain product, twice as fast as a batch of one
+            w = factor @ w.unflatten(-1, (size, after))
         else:
             w = factor @ w.unflatten(-1, (before, size, after))
         w = w.reshape(shape)

@@ -16,11 +16,13 @@ from neuromod_ext._ambient import restored
 from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext.nn.switch.inplace import Part, layer_blocks, parts
 from neuromod_ext.nn.switch.layers import PLAIN, TIED, retyped
-from neuromod_ext.nn.switch.layout import Slot, flattened, layout
+from neuromod_ext.nn.switch.layout import flattened, layout
 from neuromod_ext.nn.switch.modulator import Modulator
 from neuromod_ext.nn.switch.states import State, coefficients
-from neuromod_ext.nn.switch.tied import Ambient, Tied
+from neuromod_ext.nn.switch.tied import Ambient, Groups, Tied
 from neuromod_ext.nn.switch.vector import copied, write
+
+Points = dict[str, dict[str, tuple[Tensor, ...]]]  # by layer and name, a parameter in every state
 
 
 class Switchable(nn.Module):
@@ -76,6 +78,7 @@ class Switchable(nn.Module):
         self.register_buffer("shift", self._checked_shift(shift))
         self.keep_original = keep_original
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._frozen: tuple[Points, list[int]] | None = None
 
     @property
     def state(self) -> int:
@@ -116,10 +119,11 @@ class Switchable(nn.Module):
                 "is set; give each thread a copy of the model"
             )
         coeff, states = self.coefficients(state)
-        points = self.points()
+        points = self._points() if self._frozen is None else self._frozen_points()
+        groups = None if states is None else Groups.of(states, len(self.modulators) + 1)
         try:
             for path, layer in self._named_layers():
-                layer.ambient = Ambient(points[path], coeff, states)
+                layer.ambient = Ambient(points[path], coeff, states, groups)
             return self.module(input, *args, **kwargs)
         finally:
             for layer in layers:
@@ -137,22 +141,64 @@ class Switchable(nn.Module):
         num_states, device = len(self.modulators) + 1, self.shift.device
         return coefficients(state, num_states, accumulation_dtype(self.layout.dtype), device)
 
+    @contextmanager
+    def frozen(self) -> Iterator[Switchable]:
+        """Map the weights once for all calls in a ``with`` block: for inference, without gradients.
+
+        A call in the block raises RuntimeError if the parameters have changed since it began.
+        """
+        with torch.no_grad():
+            self._frozen = self._points(), self._versions()
+            try:
+                yield self
+            finally:
+                self._frozen = None
+
+    def _frozen_points(self) -> Points:
+        assert self._frozen is not None
+        points, versions = self._frozen
+        if versions != self._versions():
+            raise RuntimeError(
+                "Switchable: expected parameters that stay as they are while frozen, got changed "
+                "ones; leave the block first"
+            )
+        return points
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self.module.parameters()]
+
     def points(self) -> dict[str, dict[str, Tensor]]:
         """Every switched parameter in all states, [K, ...], by layer and name; differentiable."""
-        found: dict[str, dict[str, Tensor]] = {}
-        blocks = [layer_blocks(self.layout, modulator) for modulator in self.modulators]
-        if all(each is not None for each in blocks):  # spares copies of all weights
-            for slot, *ms in zip(self.layout.weights, *cast(Any, blocks), strict=True):
-                w = slot.of(self.module).flatten()
-                _split(torch.stack([w, *(m(w) for m in ms)]), [slot], found)
-        else:
-            w = flattened(self.module, self.layout.weights)
-            stacked = torch.stack([w, *(modulator(w) for modulator in self.modulators)])
-            _split(stacked, self.layout.weights, found)
-        if self.layout.biases:
-            b = flattened(self.module, self.layout.biases)
-            _split(torch.stack([b, *(b + v for v in self.shift)]), self.layout.biases, found)
+        return {
+            path: {name: torch.stack(each) for name, each in layer.items()}
+            for path, layer in self._points().items()
+        }
+
+    def _points(self) -> Points:
+        """The same, not stacked: in state 0 they are the parameters themselves."""
+        found: Points = {}
+        weights, biases = self.layout.weights, self.layout.biases
+        moved = [self._moved(modulator) for modulator in self.modulators]
+        if biases:
+            b = flattened(self.module, biases)
+            sizes = [slot.shape.numel() for slot in biases]
+            for parts, v in zip(moved, self.shift, strict=True):
+                parts.extend((b + v).split(sizes))
+        for slot, *others in zip((*weights, *biases), *moved, strict=True):
+            points = (slot.of(self.module), *(other.view(slot.shape) for other in others))
+            found.setdefault(slot.module, {})[slot.name] = points
         return found
+
+    def _moved(self, modulator: Modulator) -> list[Tensor]:
+        """All weights under a modulator, a vector for each place."""
+        slots, blocks = self.layout.weights, layer_blocks(self.layout, modulator)
+        if blocks is not None:  # spares copies of all weights
+            return [
+                block(slot.of(self.module).flatten())
+                for slot, block in zip(slots, blocks, strict=True)
+            ]
+        moved = modulator(flattened(self.module, slots))
+        return list(moved.split([slot.shape.numel() for slot in slots]))
 
     @torch.no_grad()
     def switch_(self, state: int = 1) -> None:
@@ -306,10 +352,3 @@ def _check_modulators(modulators: Sequence[Modulator], size: int, dtype: torch.d
                 "layout(model).num_weights counts them"
             )
         modulator.check(dtype)
-
-
-def _split(stacked: Tensor, slots: Sequence[Slot], found: dict[str, dict[str, Tensor]]) -> None:
-    at = slots[0].begin
-    for slot in slots:
-        part = stacked[:, slot.begin - at : slot.end - at].unflatten(1, slot.shape)
-        found.setdefault(slot.module, {})[slot.name] = part

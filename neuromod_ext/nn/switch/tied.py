@@ -6,37 +6,100 @@ is torch's layer. :class:`Switchable` sets the points of all layers for the time
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neuromod_ext import functional
+from neuromod_ext._transforms import transform_active
+
+WORTH_SORTING = 2**20  # multiplications of a layer: sorting its samples takes some 20 us
 
 
-@dataclass
+@dataclass(frozen=True)
+class Groups:
+    """The samples of a batch, sorted by state.
+
+    Attributes:
+        order: The samples of state 0, then those of state 1, and so on, [B].
+        back: Where each sample stands in ``order``, [B].
+        counts: How many samples each state has.
+    """
+
+    order: Tensor
+    back: Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, states: Tensor, num_states: int) -> Groups | None:
+        """Sort samples, where that needs no waiting for a device and no fixed shapes."""
+        if states.device.type != "cpu" or torch.compiler.is_compiling() or transform_active():
+            return None
+        counts = torch.bincount(states, minlength=num_states).tolist()
+        order = states.argsort(stable=True)
+        return cls(order, order.argsort(), counts)
+
+
+@dataclass(frozen=True)
 class Ambient:
     """What a layer's call is to use in place of its parameters.
 
     Attributes:
-        points: By name, each parameter in every state, [K, ...].
+        points: By name, each parameter in every state.
         coeff: c, [B, K], or [K] for one condition.
         states: [B], where c picks one state for each sample; then only that is computed.
+        groups: The same samples sorted, if they can be.
     """
 
-    points: dict[str, Tensor]
+    points: dict[str, tuple[Tensor, ...]]
     coeff: Tensor
     states: Tensor | None
+    groups: Groups | None
+
+    def basis(self, name: str) -> Tensor | None:
+        """A parameter in every state, [K, ...]; None if the layer has none of that name."""
+        return torch.stack(self.points[name]) if name in self.points else None
 
     def linear(self, input: Tensor, weight: str = "weight", bias: str = "bias") -> Tensor:
         """The linear map of one weight and, where there is one, bias."""
-        basis, shift = self.points[weight], self.points.get(bias)
+        tokens = math.prod(input.shape[1:-1])
+        if self.sorts(input, tokens * self.points[weight][0].numel()):
+            return self.by_state(F.linear, input, weight, bias)
+        basis, shift = self.basis(weight), self.basis(bias)
+        assert basis is not None
         if self.states is None:
             return functional.manifold_linear(input, basis, self.coeff, shift)
         ones = self.coeff.sum(-1, keepdim=True)  # or NaN, if the state was out of its domain
         return functional.manifold_linear_local(input, basis, self.states, ones, shift)
+
+    def sorts(self, input: Tensor, work: int) -> bool:
+        """Whether the samples are to be sorted for a layer of so many multiplications a sample."""
+        if self.groups is None or input.shape[0] != len(self.groups.order):
+            return False
+        return input.shape[0] * work >= WORTH_SORTING
+
+    def by_state(
+        self, function: Callable[..., Tensor], input: Tensor, weight: str, bias: str
+    ) -> Tensor:
+        """A function of input, weight and bias, called for the samples of each state at once."""
+        groups = self.groups
+        assert groups is not None
+        shifts = self.points.get(bias, (None,) * len(groups.counts))
+        each = list(zip(groups.counts, self.points[weight], shifts, strict=True))
+        alone = [(w, b) for count, w, b in each if count == len(groups.order)]
+        if alone:
+            return function(input, *alone[0])
+        inputs = input.index_select(0, groups.order).split(groups.counts)
+        outputs = [
+            function(x, w, b) for x, (count, w, b) in zip(inputs, each, strict=True) if count
+        ]
+        return torch.cat(outputs).index_select(0, groups.back)
 
 
 class Tied(nn.Module):
@@ -76,6 +139,7 @@ class TiedLinear(Tied, nn.Linear):
 
 class _TiedConv(Tied):
     _convolve: Callable[..., Tensor]
+    _plain: Callable[..., Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         """As torch's, or with the points around the call."""
@@ -87,32 +151,39 @@ class _TiedConv(Tied):
         if conv.padding_mode != "zeros":
             around = conv._reversed_padding_repeated_twice
             input, padding = F.pad(input, around, mode=conv.padding_mode), 0
-        points = self.ambient.points
-        return type(self)._convolve(
-            input,
-            points["weight"],
-            self.ambient.coeff,
-            points.get("bias"),
-            conv.stride,
-            padding,
-            conv.dilation,
-            conv.groups,
-        )
+        walk = (conv.stride, padding, conv.dilation, conv.groups)
+        pixels = math.prod(input.shape[2:]) // math.prod(conv.stride)
+        if input.dim() == len(conv.stride) + 2 and self.ambient.sorts(
+            input, pixels * conv.weight.numel()
+        ):
+            plain = partial(
+                type(self)._plain,
+                stride=conv.stride,
+                padding=padding,
+                dilation=conv.dilation,
+                groups=conv.groups,
+            )
+            return self.ambient.by_state(plain, input, "weight", "bias")
+        basis, shift = self.ambient.basis("weight"), self.ambient.basis("bias")
+        return type(self)._convolve(input, basis, self.ambient.coeff, shift, *walk)
 
 
 class TiedConv1d(_TiedConv, nn.Conv1d):
     """``torch.nn.Conv1d``."""
 
     _convolve = staticmethod(functional.manifold_conv1d)
+    _plain = staticmethod(F.conv1d)
 
 
 class TiedConv2d(_TiedConv, nn.Conv2d):
     """``torch.nn.Conv2d``."""
 
     _convolve = staticmethod(functional.manifold_conv2d)
+    _plain = staticmethod(F.conv2d)
 
 
 class TiedConv3d(_TiedConv, nn.Conv3d):
     """``torch.nn.Conv3d``."""
 
     _convolve = staticmethod(functional.manifold_conv3d)
+    _plain = staticmethod(F.conv3d)
