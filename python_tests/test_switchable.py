@@ -435,7 +435,8 @@ def test_frozen_weights_are_mapped_once() -> None:
     with switch.frozen() as frozen:
         for _ in range(3):
             got = frozen(x, states)
-        assert not got.requires_grad
+        weights = [slot.of(switch.module) for slot in switch.layout.weights]
+        assert torch.autograd.grad(got.sum(), weights, allow_unused=True) == (None,) * 3
         torch.testing.assert_close(got, want)
         assert len(maps) == 1
         with torch.no_grad():

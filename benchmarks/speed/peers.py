@@ -6,7 +6,7 @@ In half precision they mix in the operands' dtype, as users do; it is the fastes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import torch
@@ -15,6 +15,8 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from benchmarks.speed.problem import Layout, Variant
+from neuromod_ext._hadamard_checks import rotations
+from neuromod_ext.nn.switch import hadamard_transform
 
 Peer = Callable[..., Tensor]
 
@@ -235,3 +237,93 @@ def local_peers(samples: int, local: int, basis: Tensor) -> list[Variant]:
         Variant("dense, scaled", partial(_with_zeros, scaled)),
         Variant("dense, blended + bmm", partial(_with_zeros, blended), workspace=weights),
     ]
+
+
+# Weights mapped in place, those of all layers as one vector or layer by layer
+
+
+def _put_back(flat: Tensor, weights: Sequence[Tensor]) -> tuple[()]:
+    for w, part in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+        w.copy_(part.view(w.shape))
+    return ()
+
+
+def rotate_by_factors(signs: Tensor, **weights: Tensor) -> tuple[()]:
+    """Hadamard's matrix as products with matrices of 64 x 64 and less."""
+    flat = torch.cat([w.flatten() for w in weights.values()])
+    return _put_back(_rotated(flat, signs, hadamard_transform), list(weights.values()))
+
+
+def rotate_by_butterflies(signs: Tensor, **weights: Tensor) -> tuple[()]:
+    """One level after the other."""
+    flat = torch.cat([w.flatten() for w in weights.values()])
+    return _put_back(_rotated(flat, signs, _butterflies), list(weights.values()))
+
+
+def _rotated(flat: Tensor, signs: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    for low, high in rotations(len(flat)):
+        part, signs = signs[: high - low], signs[high - low :]
+        factor = part.to(flat.dtype).mul_((high - low) ** -0.5)
+        flat[low:high] = transform(flat[low:high] * factor)
+    return flat
+
+
+def _butterflies(x: Tensor) -> Tensor:
+    h, n = 1, len(x)
+    while h < n:
+        a, b = x.view(-1, 2, h).unbind(1)
+        x = torch.stack((a + b, a - b), 1)
+        h *= 2
+    return x.view(n)
+
+
+def map_by_einsum(factors: Sequence[Sequence[Tensor]], **weights: Tensor) -> tuple[()]:
+    """(A₁ ⊗ A₂) W (B₁ ⊗ B₂)ᵀ by one einsum a layer."""
+    for fs, w in zip(factors, weights.values(), strict=True):
+        x = w.view([len(f) for f in fs])
+        w.copy_(torch.einsum("ae,bf,cg,dh,efgh->abcd", *fs, x).reshape(w.shape))
+    return ()
+
+
+def map_by_full_factors(factors: Sequence[tuple[Tensor, Tensor]], **weights: Tensor) -> tuple[()]:
+    """A W Bᵀ, with A and B as large as the layer."""
+    for (a, b), w in zip(factors, weights.values(), strict=True):
+        w.copy_(a @ w @ b.mT)
+    return ()
+
+
+# Linear layers whose samples are in one of two states, with a weight for each
+
+
+def _through(input: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    for w in weights:
+        input = F.linear(input, w)
+    return input
+
+
+def two_passes(
+    input: Tensor, state: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]
+) -> Tensor:
+    """All samples in both states; of each, one result is kept."""
+    picked = state.bool().unsqueeze(1)
+    return torch.where(picked, _through(input, second), _through(input, first))
+
+
+def sorted_passes(
+    input: Tensor, state: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]
+) -> Tensor:
+    """The samples of each state through its network, and back to their places."""
+    order = state.argsort()
+    ones = int(state.sum())
+    zero, one = input[order].split((len(state) - ones, ones))
+    return torch.cat((_through(zero, first), _through(one, second)))[order.argsort()]
+
+
+def weight_of_each(
+    input: Tensor, state: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]
+) -> Tensor:
+    """A weight for each sample, and batched products."""
+    rows = input.unsqueeze(1)
+    for a, b in zip(first, second, strict=True):
+        rows = torch.bmm(rows, torch.stack((a, b))[state].mT)
+    return rows.squeeze(1)

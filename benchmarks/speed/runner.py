@@ -17,6 +17,7 @@ from benchmarks.speed.bench_manifold_linear_local import splines
 from benchmarks.speed.bench_manifold_metric import manifold_metric
 from benchmarks.speed.bench_manifold_step import manifold_step
 from benchmarks.speed.bench_natural_gradient import natural_gradient, natural_step
+from benchmarks.speed.bench_switch import mixed_batch, switch
 from benchmarks.speed.harness import threads
 from benchmarks.speed.measure import Options, measure
 from benchmarks.speed.memory import settle_allocator
@@ -28,7 +29,7 @@ BENCHES: dict[str, Bench] = {
     for bench in (
         *(manifold_linear, tokens, one_condition, splines, manifold_conv),
         *(interpolate_weights, natural_gradient, natural_step, manifold_step, manifold_metric),
-        fly_readout,
+        *(fly_readout, switch, mixed_batch),
     )
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

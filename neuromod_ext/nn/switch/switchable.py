@@ -143,16 +143,22 @@ class Switchable(nn.Module):
 
     @contextmanager
     def frozen(self) -> Iterator[Switchable]:
-        """Map the weights once for all calls in a ``with`` block: for inference, without gradients.
+        """Map the weights once for all calls in a ``with`` block: for inference.
 
-        A call in the block raises RuntimeError if the parameters have changed since it began.
+        No gradients come back to the weights from there. A call in the block raises RuntimeError
+        if the parameters have changed since it began.
         """
         with torch.no_grad():
-            self._frozen = self._points(), self._versions()
-            try:
-                yield self
-            finally:
-                self._frozen = None
+            mapped = self._points()
+        points = {
+            path: {name: tuple(t.detach() for t in each) for name, each in layer.items()}
+            for path, layer in mapped.items()
+        }
+        self._frozen = points, self._versions()
+        try:
+            yield self
+        finally:
+            self._frozen = None
 
     def _frozen_points(self) -> Points:
         assert self._frozen is not None
