@@ -84,7 +84,7 @@ class SwitchedGates:
         record: dict[str, Any] = {
             "experiment": "switch",
             "stem": f"switch-{self.part}",
-            "config": asdict(self),
+            "config": {n: v for n, v in asdict(self).items() if n != "out"},
             "environment": report.environment(),
         }
         parts = {"map": self._map, "and-or": self._and_or, "and-xor": self._and_xor}

@@ -35,6 +35,7 @@ Model = Literal["extra input", "switch"]
 MODELS: tuple[Model, ...] = ("extra input", "switch")
 CHANNELS = (8, 20)
 CLASSES = 5
+WHERE = ("data_dir", "out", "fresh")  # what results do not depend on
 DIFFERENCE = "switch − extra input"
 
 
@@ -86,12 +87,12 @@ class SwitchedDigits:
         report.prepare(self.out)
         torch.set_num_threads(self.threads)
         tasks = Tasks.load(self)
-        other = ("hidden", "threads", "out", "fresh")  # what no network depends on but by its name
-        options = {n: v for n, v in asdict(self).items() if n not in other}
+        config = {n: v for n, v in asdict(self).items() if n not in WHERE}
+        options = {n: v for n, v in config.items() if n not in ("hidden", "threads")}
         kept = Kept(self.out / f"switch-classes-{self.data}.unfinished", options, fresh=self.fresh)
         record: dict[str, Any] = {
             "experiment": "switch-classes",
-            "config": asdict(self),
+            "config": config,
             "environment": report.environment(),
             "channels": CHANNELS,
             "runs": [],
