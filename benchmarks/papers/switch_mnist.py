@@ -281,7 +281,10 @@ def train(nets: Networks, tasks: Tasks, config: SwitchedDigits) -> Iterator[floa
 
 
 def summarise(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """By hidden size: both models' means, and the difference paired by seed."""
+    """By hidden size: both models' means and medians, and the difference paired by seed.
+
+    A mean says little where some of the starts do not learn; the median says what the others do.
+    """
     rows = []
     for hidden in record["config"]["hidden"]:
         runs = {run["model"]: run for run in record["runs"] if run["hidden"] == hidden}
@@ -293,6 +296,7 @@ def summarise(record: dict[str, Any]) -> list[dict[str, Any]]:
                 "hidden": hidden,
                 "parameters": {name: run["parameters"] for name, run in runs.items()},
                 **{name: report.interval(mean) for name, mean in means.items()},
+                "median": {name: float(np.median(mean)) for name, mean in means.items()},
                 DIFFERENCE: report.interval(means["switch"] - means["extra input"]),
             }
         )
@@ -320,8 +324,8 @@ def table(record: dict[str, Any]) -> Table:
     where = f"cross between {' and between '.join(found)} parameters" if found else "do not cross"
     sheet = Table(
         title=f"Digits 0 to 4 and 5 to 9, {config['data']}: test accuracy in %",
-        caption=f"Mean of both tasks ± 95 % t-interval over {config['seeds']} seeds; "
-        f"as far as these tell, the curves {where}.",
+        caption=f"Mean of both tasks ± 95 % t-interval over {config['seeds']} seeds "
+        f"(median); as far as these tell, the curves {where}.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -330,7 +334,7 @@ def table(record: dict[str, Any]) -> Table:
     for title in ("hidden", "parameters", *MODELS, DIFFERENCE):
         sheet.add_column(title, justify="right")
     for row in record["summary"]:
-        cells = (f"{row[model]}" for model in MODELS)
+        cells = (f"{row[model]} ({row['median'][model]:.1f})" for model in MODELS)
         count = f"{row['parameters']['switch']:,}"
         sheet.add_row(str(row["hidden"]), count, *cells, f"{row[DIFFERENCE]:+}")
     return sheet
@@ -343,6 +347,14 @@ def figure(record: dict[str, Any]) -> Any:
         {model: [row["parameters"][model] for row in rows] for model in MODELS},
         {
             model: ([row[model].mean for row in rows], [row[model].half for row in rows])
+            for model in MODELS
+        },
+        {
+            model: [
+                np.mean(run["accuracy_by_seed_and_task"], axis=1)
+                for run in record["runs"]
+                if run["model"] == model
+            ]
             for model in MODELS
         },
         title=f"Two tasks of five digits, {record['config']['seeds']} seeds",

@@ -134,6 +134,7 @@ def plot_success(rates: Mapping[str, tuple[float, float, float]], *, title: str 
 def plot_accuracy_by_size(
     sizes: Mapping[str, ArrayLike],
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    runs: Mapping[str, Sequence[ArrayLike]] | None = None,
     *,
     title: str = "",
 ) -> Figure:
@@ -142,6 +143,7 @@ def plot_accuracy_by_size(
     Args:
         sizes: By model, the numbers of parameters, [S], ascending.
         curves: By model, the mean accuracy and the half-width of its interval, [S], in percent.
+        runs: By model, the accuracy of each run, [S, runs], drawn as dots; none if None.
         title: Stands above the figure.
 
     Returns:
@@ -156,7 +158,10 @@ def plot_accuracy_by_size(
         x = np.asarray(sizes[name])
         axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.16, lw=0)
         axes.plot(x, mean, label=name, marker="o", markersize=3, **style)
+        if runs is not None:
+            axes.plot(x, np.asarray(runs[name]), ".", color=style["color"], markersize=3, alpha=0.6)
     axes.set(xlabel="parameters", ylabel="test accuracy, mean of both tasks (%)", xscale="log")
+    axes.set_ylim(top=101)
     axes.legend(frameon=False)
     return figure
 
