@@ -9,6 +9,7 @@ import torch
 from bounds import UNIT
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import neuromod_ext as nm
@@ -439,9 +440,15 @@ def test_frozen_weights_are_mapped_once() -> None:
         assert torch.autograd.grad(got.sum(), weights, allow_unused=True) == (None,) * 3
         torch.testing.assert_close(got, want)
         assert len(maps) == 1
+        others = {f"module.{s.path}": s.of(switch.module) + 1 for s in switch.layout.weights}
+        changed = pytest.raises(RuntimeError, match="parameters that stay as they are while frozen")
+        with changed:
+            functional_call(switch, others, (x, states))
+        with pytest.raises(RuntimeError, match="no conversion while frozen"):
+            switch.float()
         with torch.no_grad():
             next(switch.parameters()).mul_(2)
-        with pytest.raises(RuntimeError, match="parameters that stay as they are while frozen"):
+        with changed:
             switch(x, states)
     torch.testing.assert_close(switch(x, states), switch(x, states.double()))
     assert len(maps) > 1

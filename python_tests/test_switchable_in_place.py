@@ -6,6 +6,7 @@ from bounds import UNIT
 from test_switchable import cnn, data, switchable
 from torch import Tensor, nn
 
+from benchmarks.speed.memory import peak_bytes
 from neuromod_ext.nn.switch import (
     Dense,
     Hadamard,
@@ -101,6 +102,18 @@ def test_steps_taken_while_switched_are_mapped_back_by_the_inverse() -> None:
         torch.testing.assert_close(now - w, switch.modulators[0].inverse(moved))
         results.append(now)
     torch.testing.assert_close(*results)
+
+
+def test_a_rotation_in_place_takes_no_memory_of_the_networks_size() -> None:
+    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(4)))
+    size = 4 * layout(model).num_weights
+    switch = Switchable(model, Hadamard(size // 4, 0))
+
+    def both() -> None:
+        switch.switch_()
+        switch.switch_back_()
+
+    assert peak_bytes(both, torch.device("cpu")) < size // 4
 
 
 def test_an_optimizer_steps_on_across_switches() -> None:

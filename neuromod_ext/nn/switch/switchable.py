@@ -78,7 +78,7 @@ class Switchable(nn.Module):
         self.register_buffer("shift", self._checked_shift(shift))
         self.keep_original = keep_original
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self._frozen: tuple[Points, list[int]] | None = None
+        self._frozen: tuple[Points, list[tuple[int, int]]] | None = None
 
     @property
     def state(self) -> int:
@@ -103,11 +103,13 @@ class Switchable(nn.Module):
             TypeError: A state of no such dtype.
             ValueError: A state or dose out of its domain (NaN in compiled code), or not one for
                 each sample.
-            RuntimeError: Switched in place and called with a state; layers in use by another call.
+            RuntimeError: Switched in place and called with a state; layers in use by another call;
+                parameters changed while :meth:`frozen`.
         """
         if state is None:
             return self.module(input, *args, **kwargs)
-        layers = self._layers()
+        named = self._named_layers()
+        layers = [layer for _, layer in named]
         if layers[0].state != 0:
             raise RuntimeError(
                 "Switchable: expected parameters in state 0 for a call with a state, got state "
@@ -122,7 +124,7 @@ class Switchable(nn.Module):
         points = self._points() if self._frozen is None else self._frozen_points()
         groups = None if states is None else Groups.of(states, len(self.modulators) + 1)
         try:
-            for path, layer in self._named_layers():
+            for path, layer in named:
                 layer.ambient = Ambient(points[path], coeff, states, groups)
             return self.module(input, *args, **kwargs)
         finally:
@@ -170,8 +172,10 @@ class Switchable(nn.Module):
             )
         return points
 
-    def _versions(self) -> list[int]:
-        return [p._version for p in self.module.parameters()]
+    def _versions(self) -> list[tuple[int, int]]:
+        slots = (*self.layout.weights, *self.layout.biases)
+        parameters = [slot.of(self.module) for slot in slots]
+        return [(id(p), p._version) for p in parameters]
 
     def points(self) -> dict[str, dict[str, Tensor]]:
         """Every switched parameter in all states, [K, ...], by layer and name; differentiable."""
@@ -330,6 +334,10 @@ class Switchable(nn.Module):
         return shift.detach().to(like).reshape(count, size).clone()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Switchable:
+        if self._frozen is not None:
+            raise RuntimeError(
+                "Switchable: expected no conversion while frozen, got one; leave the block first"
+            )
         if self._kept:
             raise RuntimeError(
                 "Switchable: expected parameters in state 0 for a conversion, got state "
