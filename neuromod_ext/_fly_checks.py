@@ -7,7 +7,7 @@ from torch import Tensor
 
 from neuromod_ext._checks import _device_like, _floating, _like, _name, _rank, _same_shape
 
-_MOST_INPUTS = 2**31 - 1
+_MOST_INPUTS = 2**28 - 1
 
 
 def _index(op: str, index: Tensor, like_name: str, like: Tensor, inputs: int) -> None:

@@ -42,16 +42,17 @@ def problem(B: int, I: int, H: int, O: int, dtype: torch.dtype, device: torch.de
     keys = torch.rand(H, I, generator=draw.generator)
     operands = {
         "input": draw.normal(B, I),
-        "index": keys.argsort(1)[:, :FAN_IN].sort(1).values.to(device),
+        "index": keys.argsort(1)[:, :FAN_IN].sort(1).values.int().to(device),  # as in nn.FlyHash
         "gain": draw.normal(H),
         "readout": draw.normal(O, H),
     }
     grad_output, each = draw.normal(B, O), operands["input"].element_size()
-    # The gather is no matrix product; what it reads, the inputs, lies in cache.
     moved = (B * (I + O) + (O + 1) * H) * each + 4 * FAN_IN * H
+    # An addition takes the place of a multiply-add. What is gathered, the inputs, lies in cache.
+    unit = FAN_IN + O
     work = {
-        FORWARD: Work(2 * B * H * O, moved),
-        BACKWARD: Work(4 * B * H * O, 2 * moved),
+        FORWARD: Work(2 * B * H * unit, moved, (B, H, O)),
+        BACKWARD: Work(2 * B * H * (2 * unit + 1), 2 * moved, (B, H, O)),
     }
     matrix = {"index": Layout(partial(binary, inputs=I, dtype=dtype), lambda dense: dense)}
     sparse = {
@@ -94,7 +95,7 @@ def _expected(operands: dict[str, Tensor], grad_output: Tensor) -> dict[str, Exp
 def binary(index: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
     """S, which has a one for each input of a unit, [H, I]."""
     zeros = torch.zeros(len(index), inputs, dtype=dtype, device=index.device)
-    return zeros.scatter_(1, index, 1)
+    return zeros.scatter_(1, index.long(), 1)
 
 
 def dense(input: Tensor, index: Tensor, gain: Tensor, readout: Tensor) -> Tensor:

@@ -18,6 +18,8 @@
 
 namespace neuromod {
 
+constexpr int64_t kMostFlyInputs = (int64_t(1) << 28) - 1;  // offsets of rows have 32 bits
+
 /// What all passes read. Kernels on the CPU get readout and gain in the accumulation type, rows of unit stride, and an
 /// index that has been checked.
 struct FlyHashParams {

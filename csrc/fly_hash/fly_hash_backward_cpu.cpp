@@ -21,9 +21,10 @@ class ParameterGradients {
   using A = acc_t<T>;
   static constexpr int64_t kBlock = FlyPanel<T>::kBlock, kHalf = kBlock / 2;
 
-  explicit ParameterGradients(const FlyHashBackwardParams& p)
+  ParameterGradients(const FlyHashBackwardParams& p, const FlyReadout<A>& factors)
       : p_(p),
         f_(p.forward),
+        factors_(factors),
         lanes_(wants_lanes() ? f_.units * kHalf : 0),
         gain_(p.grad_gain ? f_.tasks * f_.units : 0),
         readout_(p.grad_readout ? f_.outputs * f_.units : 0) {
@@ -36,9 +37,16 @@ class ParameterGradients {
     const double seconds = 1e-9 * double(kSlice * panel.blocks * (f_.arity + f_.outputs + 8));
     parallel(ceil_div(f_.units, kSlice), seconds, [&](int64_t slice) {
       const int64_t end = std::min((slice + 1) * kSlice, f_.units);
-      for (int64_t block = 0; block < panel.blocks; ++block)
-        for (int64_t first = slice * kSlice; first < end; first += kFlyChunk)
-          add_chunk(panel, block, first, std::min(kFlyChunk, end - first), grad + block * f_.outputs * kBlock);
+      for (int64_t block = 0; block < panel.blocks; ++block) {
+        const A* const g = grad + block * f_.outputs * kBlock;
+        const bool lanes = wants_lanes() && panel.samples(block) == kBlock;
+        if (lanes) panel.add_products(block, slice * kSlice, end, factors_, g, lanes_.data() + slice * kSlice * kHalf);
+        for (int64_t first = slice * kSlice; first < end; first += kFlyChunk) {
+          const int64_t units = std::min(kFlyChunk, end - first);
+          if (p_.grad_gain && !lanes) add_to_gain(panel, block, first, units, g);
+          if (p_.grad_readout) add_to_readout(panel, block, first, units, g);
+        }
+      }
     });
   }
 
@@ -60,27 +68,22 @@ class ParameterGradients {
  private:
   bool wants_lanes() const { return p_.grad_gain && !f_.task; }
 
-  void add_chunk(const FlyPanel<T>& panel, int64_t block, int64_t first, int64_t units, const A* grad) {
+  void add_to_gain(const FlyPanel<T>& panel, int64_t block, int64_t first, int64_t units, const A* grad) {
     FlyChunk<A> h, products, by_sample;
-    if (p_.grad_gain) {
-      panel.hash(block, first, units, false, h.at);
-      fly_hash_vectors<T>().signal(units, f_.outputs, f_.readout.template at<const A>(0, first), f_.readout.stride[0],
-                                   grad, products.at);
-      if (!f_.task && panel.samples(block) == kBlock) {
-        fly_hash_vectors<T>().add_products(units, h.at, products.at, lanes_.data() + first * kHalf);
-      } else {
-        vectors<A>().scale(units * kBlock, h.at, products.at, products.at);
-        turn(units, products.at, by_sample.at);
-        for (int64_t s = 0; s < panel.samples(block); ++s)
-          vectors<A>().add(units, by_sample.at + s * kFlyChunk, gain_.data() + panel.task(block, s) * f_.units + first);
-      }
-    }
-    if (p_.grad_readout) {
-      panel.hash(block, first, units, true, h.at);
-      turn(units, h.at, by_sample.at);
-      vectors<A>().add_product(f_.outputs, units, panel.samples(block), grad, kBlock, by_sample.at, kFlyChunk,
-                               readout_.data() + first, f_.units);
-    }
+    panel.hash(block, first, units, false, h.at);
+    fly_hash_vectors<T>().signal(units, f_.outputs, factors_.at(first), grad, products.at);
+    vectors<A>().scale(units * kBlock, h.at, products.at, products.at);
+    turn(units, products.at, by_sample.at);
+    for (int64_t s = 0; s < panel.samples(block); ++s)
+      vectors<A>().add(units, by_sample.at + s * kFlyChunk, gain_.data() + panel.task(block, s) * f_.units + first);
+  }
+
+  void add_to_readout(const FlyPanel<T>& panel, int64_t block, int64_t first, int64_t units, const A* grad) {
+    FlyChunk<A> h, by_sample;
+    panel.hash(block, first, units, true, h.at);
+    turn(units, h.at, by_sample.at);
+    vectors<A>().add_product(f_.outputs, units, panel.samples(block), grad, kBlock, by_sample.at, kFlyChunk,
+                             readout_.data() + first, f_.units);
   }
 
   /// [units, kBlock] to [kBlock, kFlyChunk]
@@ -92,13 +95,14 @@ class ParameterGradients {
 
   const FlyHashBackwardParams& p_;
   const FlyHashParams& f_;
+  const FlyReadout<A>& factors_;
   const Scratch<A> lanes_, gain_, readout_;
 };
 
 /// dx of one block of samples; `grad` as in ParameterGradients, null for fly_hash.
 template <class T>
 void input_gradient(const FlyHashBackwardParams& p, const FlyIndex<acc_t<T>>& index, const FlyPanel<T>& panel,
-                    int64_t block, const acc_t<T>* grad) {
+                    const FlyReadout<acc_t<T>>& factors, int64_t block, const acc_t<T>* grad) {
   using A = acc_t<T>;
   constexpr int64_t kBlock = kFlyBlock<A>;
   const FlyHashParams& f = p.forward;
@@ -111,7 +115,7 @@ void input_gradient(const FlyHashBackwardParams& p, const FlyIndex<acc_t<T>>& in
     const int64_t units = std::min(kFlyChunk, f.units - first);
     panel.hash(block, first, units, false, h.at);
     if (grad) {
-      ops.signal(units, f.outputs, f.readout.at<const A>(0, first), f.readout.stride[0], grad, signal.at);
+      ops.signal(units, f.outputs, factors.at(first), grad, signal.at);
       if (f.task) panel.modulate(block, first, units, signal.at);
       ops.mask(units, h.at, f.task ? nullptr : f.gain.at<const A>(0, first), signal.at);
     } else {
@@ -136,7 +140,8 @@ void fly_hash_backward_cpu(const FlyHashBackwardParams& p) {
     check_fly_tasks(op, f);
     const FlyIndex<A> index(op, f);
     FlyPanel<T> panel(f, index);
-    ParameterGradients<T> parameters(p);
+    const FlyReadout<A> factors(f, false);
+    ParameterGradients<T> parameters(p, factors);
     const int64_t size = f.outputs * panel.kBlock;
     const Scratch<A> grads(f.readout ? kFlyPanel * size : 0);
     for (int64_t first = 0; first < f.batch; first += kFlyPanel * panel.kBlock) {
@@ -146,7 +151,7 @@ void fly_hash_backward_cpu(const FlyHashBackwardParams& p) {
       if (p.grad_gain || p.grad_readout) parameters.add(panel, grads.data());
       if (p.grad_input) {
         parallel(panel.blocks, 1e-9 * double(f.units * (2 * f.arity + f.outputs + 8)), [&](int64_t block) {
-          input_gradient<T>(p, index, panel, block, f.readout ? grads.data() + block * size : nullptr);
+          input_gradient<T>(p, index, panel, factors, block, f.readout ? grads.data() + block * size : nullptr);
         });
       }
     }

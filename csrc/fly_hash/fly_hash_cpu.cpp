@@ -1,11 +1,12 @@
 // fly_hash and fly_readout on the CPU.
 //
-// A lane is a sample: 32 of float are transposed into rows of inputs, so that a unit is the sum of a few whole rows,
-// and stays in cache from there to the outputs it adds to. Order of summation: a unit's inputs in order, less the mean,
-// which is summed over the inputs, each times the number of units it enters; outputs over slices of 2048 units, units
-// in order, and then over the slices. No result depends on the other samples of its batch.
+// A lane is a sample: 32 of float are transposed into rows of inputs, and shifted so that the mean over the units is 0.
+// A unit is then the sum of a few whole rows, rectified, and where the readout has ten rows it stays in registers until
+// all outputs have it; the gain is multiplied into the readout. Order of summation: the mean over the inputs, each
+// times the number of units it enters; a unit's inputs in order; outputs over slices of 2048 units, units in order, and
+// then over the slices. No result depends on the other samples of its batch.
 //
-// Cost for each sample and unit: arity additions, 3 more operations, and 2 for each output.
+// Cost for each sample and unit: arity additions (the first is the rectifier), and one multiply-add for each output.
 #include "common/dispatch.h"
 #include "fly_hash/fly_hash_panel.h"
 
@@ -28,7 +29,7 @@ void hash_panel(const FlyHashParams& p, const FlyPanel<T>& panel) {
 }
 
 template <class T>
-void read_out_panel(const FlyHashParams& p, const FlyPanel<T>& panel) {
+void read_out_panel(const FlyHashParams& p, const FlyPanel<T>& panel, const FlyReadout<acc_t<T>>& readout) {
   using A = acc_t<T>;
   const int64_t slices = ceil_div(p.units, kSlice), size = p.outputs * panel.kBlock;
   const Scratch<A> partial(panel.blocks * slices * size);
@@ -36,12 +37,7 @@ void read_out_panel(const FlyHashParams& p, const FlyPanel<T>& panel) {
     const int64_t block = i / slices, begin = i % slices * kSlice, end = std::min(begin + kSlice, p.units);
     A* const sum = partial.data() + i * size;
     std::fill_n(sum, size, A(0));
-    FlyChunk<A> h;
-    for (int64_t first = begin; first < end; first += kFlyChunk) {
-      const int64_t units = std::min(kFlyChunk, end - first);
-      panel.hash(block, first, units, true, h.at);
-      fly_hash_vectors<T>().read_out(units, p.outputs, p.readout.at<const A>(0, first), p.readout.stride[0], h.at, sum);
-    }
+    panel.read_out(block, begin, end, readout, sum);
   });
   for (int64_t block = 0; block < panel.blocks; ++block) {
     A* const sum = partial.data() + block * slices * size;
@@ -59,9 +55,10 @@ void fly_hash_cpu(const FlyHashParams& p) {
     check_fly_tasks(op, p);
     const FlyIndex<acc_t<T>> index(op, p);
     FlyPanel<T> panel(p, index);
+    const FlyReadout<acc_t<T>> readout(p, p.readout && !p.task);
     for (int64_t first = 0; first < p.batch; first += kFlyPanel * FlyPanel<T>::kBlock) {
       panel.load(first);
-      p.readout ? read_out_panel(p, panel) : hash_panel(p, panel);
+      p.readout ? read_out_panel(p, panel, readout) : hash_panel(p, panel);
     }
   });
 }

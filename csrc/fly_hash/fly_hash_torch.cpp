@@ -8,7 +8,6 @@
 #include <torch/library.h>
 
 #include <array>
-#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -28,8 +27,8 @@ void check_index(const char* op, const Tensor& index, const char* like_name, con
   TORCH_CHECK_VALUE(index.device() == like.device(), op, ": expected index on ", like.device().str(), " (where ",
                     like_name, " is), got ", index.device().str(), "; move one of them");
   check_rank(op, "index", index, 2, "[H, n]");
-  TORCH_CHECK_VALUE(inputs <= std::numeric_limits<int32_t>::max(), op, ": expected input of at most ",
-                    std::numeric_limits<int32_t>::max(), " features, got ", inputs);
+  TORCH_CHECK_VALUE(inputs <= kMostFlyInputs, op, ": expected input of at most ", kMostFlyInputs, " features, got ",
+                    inputs);
 }
 
 void check_input(const char* op, const Tensor& input, const char* lead_name, const Tensor& lead) {

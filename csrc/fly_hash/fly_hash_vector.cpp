@@ -1,7 +1,12 @@
 // The row operations of fly_hash; compiled once for each instruction set, like common/vector.cpp.
 #include "fly_hash/fly_hash_vector.h"
 
+#include <type_traits>
+
 #include "common/vector_lanes.h"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #define NEUROMOD_CONCAT_(a, b) a##b
 #define NEUROMOD_CONCAT(a, b) NEUROMOD_CONCAT_(a, b)
@@ -16,6 +21,21 @@ constexpr int64_t kRows = 10;
 #else
 constexpr int64_t kRows = 2;
 #endif
+
+/// max(x, 0), and NaN for NaN.
+template <class A>
+inline Lanes<A> relu(Lanes<A> x) {
+#if defined(__AVX512F__)  // one instruction; the compiler makes two of a comparison
+  const Lanes<A> zero = {};
+  if constexpr (sizeof(A) == 8)
+    return Lanes<A>(_mm512_maskz_max_pd(0xff, __m512d(zero), __m512d(x)));
+  else
+    return Lanes<A>(_mm512_maskz_max_ps(0xffff, __m512(zero), __m512(x)));
+#else
+  for (int64_t i = 0; i < kLanes<A>; ++i) x[i] = 0 > x[i] ? 0 : x[i];
+  return x;
+#endif
+}
 
 /// One row of a block.
 template <class A>
@@ -37,6 +57,7 @@ struct Row {
     half[1] -= other.half[1];
     return *this;
   }
+  Row operator*(const Row& other) const { return {{half[0] * other.half[0], half[1] * other.half[1]}}; }
   Row operator*(A scale) const { return {{half[0] * scale, half[1] * scale}}; }
   /// Itself where `h` > 0 or is NaN, else 0.
   Row where_active(const Row& h) const {
@@ -51,63 +72,77 @@ class Ops final : public FlyHashOps<A> {
   static_assert(kBlock == 2 * kLanes<A>);
 
  public:
-  bool narrow(int64_t n, const int64_t* index, int64_t limit, int32_t* to) const override {
-    uint64_t most = 0;  // what is negative counts as large
-    for (int64_t i = 0; i < n; ++i) {
-      const uint64_t value = uint64_t(index[i]);
-      most = value > most ? value : most;
-      to[i] = int32_t(value);
-    }
-    return n == 0 || most < uint64_t(limit);
+  bool offsets(int64_t n, const int64_t* index, int64_t limit, uint32_t* to) const override {
+    return offsets_of<uint64_t>(n, index, limit, to);
+  }
+  bool offsets(int64_t n, const int32_t* index, int64_t limit, uint32_t* to) const override {
+    return offsets_of<uint32_t>(n, index, limit, to);
   }
 
-  bool within(int64_t n, const int32_t* index, int64_t limit) const override {
-    uint32_t most = 0;
-    for (int64_t i = 0; i < n; ++i) most = uint32_t(index[i]) > most ? uint32_t(index[i]) : most;
-    return n == 0 || most < uint64_t(limit);
-  }
-
-  void weighted_sum(int64_t inputs, const A* count, const A* x, A* to) const override {
+  void centre(int64_t inputs, const A* count, A terms, A* x) const override {
     Row<A> sum = {};
     for (int64_t i = 0; i < inputs; ++i)
       if (count[i] != 0) sum += Row<A>::at(x + i * kBlock) * count[i];
-    sum.store(to);
-  }
-
-  void hash(int64_t units, int64_t arity, const int32_t* index, const A* x, const A* mean, const A* gain,
-            A* to) const override {
-    const Row<A> centre = Row<A>::at(mean);
-    if (arity == 7) {  // the paper's: unrolled
-      hash_of([] { return 7; }, units, index, x, centre, gain, to);
-    } else {
-      hash_of([=] { return arity; }, units, index, x, centre, gain, to);
+    const Row<A> mean = {{sum.half[0] / terms, sum.half[1] / terms}};
+    for (int64_t i = 0; i < inputs; ++i) {
+      if (count[i] == 0) continue;
+      Row<A> value = Row<A>::at(x + i * kBlock);
+      value -= mean;
+      value.store(x + i * kBlock);
     }
   }
 
-  void read_out(int64_t units, int64_t outputs, const A* readout, int64_t stride, const A* h, A* sum) const override {
-    int64_t o = 0;
-    for (; o + kRows <= outputs; o += kRows)
-      read_out_rows<kRows>(units, readout + o * stride, stride, h, sum + o * kBlock);
-    for (; o + 2 <= outputs; o += 2) read_out_rows<2>(units, readout + o * stride, stride, h, sum + o * kBlock);
-    for (; o < outputs; ++o) read_out_rows<1>(units, readout + o * stride, stride, h, sum + o * kBlock);
+  void hash(int64_t units, int64_t arity, const uint32_t* index, const A* x, const A* gain, A* to) const override {
+    with_arity(arity, [&](auto n) {
+      for (int64_t u = 0; u < units; ++u, index += n(), to += kBlock) {
+        const Row<A> h = unit(n, index, x);
+        (gain ? h * gain[u] : h).store(to);
+      }
+    });
   }
 
-  void signal(int64_t units, int64_t outputs, const A* readout, int64_t stride, const A* grad, A* to) const override {
-    int64_t o = 0;
+  void read_out(int64_t units, int64_t arity, const uint32_t* index, const A* x, int64_t outputs, const A* readout,
+                A* sum) const override {
+    if (outputs == kRows) {  // a unit stays in registers, and loads go on while sums are formed
+      with_arity(arity, [&](auto n) { read_out_hash(n, units, index, x, readout, sum); });
+      return;
+    }
+    FlyChunk<A> h;
+    in_chunks(units, [&](int64_t first, int64_t some) {
+      hash(some, arity, index + first * arity, x, nullptr, h.at);
+      in_rows(outputs, [&](auto rows, int64_t o) {
+        read_out_rows<rows()>(some, readout + first * outputs + o * kFlyChunk, nullptr, h.at, sum + o * kBlock);
+      });
+    });
+  }
+
+  void read_out_each(int64_t units, int64_t outputs, const A* readout, const A* gain, const A* h,
+                     A* sum) const override {
+    in_rows(outputs, [&](auto rows, int64_t o) {
+      read_out_rows<rows()>(units, readout + o * kFlyChunk, gain, h, sum + o * kBlock);
+    });
+  }
+
+  void signal(int64_t units, int64_t outputs, const A* readout, const A* grad, A* to) const override {
     if (outputs == 0) __builtin_memset(to, 0, sizeof(A) * units * kBlock);
-    for (; o + kRows <= outputs; o += kRows)
-      signal_of<kRows>(units, readout + o * stride, stride, grad + o * kBlock, to, o > 0);
-    for (; o + 2 <= outputs; o += 2) signal_of<2>(units, readout + o * stride, stride, grad + o * kBlock, to, o > 0);
-    for (; o < outputs; ++o) signal_of<1>(units, readout + o * stride, stride, grad + o * kBlock, to, o > 0);
+    in_rows(outputs, [&](auto rows, int64_t o) {
+      signal_of<rows()>(units, readout + o * kFlyChunk, grad + o * kBlock, to, o > 0);
+    });
   }
 
-  void add_products(int64_t units, const A* h, const A* signal, A* sum) const override {
-    for (int64_t u = 0; u < units; ++u, h += kBlock, signal += kBlock, sum += kLanes<A>) {
-      Lanes<A> total = load(sum);
-      total += load(h) * load(signal);
-      total += load(h + kLanes<A>) * load(signal + kLanes<A>);
-      __builtin_memcpy(sum, &total, sizeof(total));
+  void add_products(int64_t units, int64_t arity, const uint32_t* index, const A* x, int64_t outputs, const A* readout,
+                    const A* grad, A* sum) const override {
+    if (outputs == kRows) {
+      with_arity(arity, [&](auto n) { add_hash_products(n, units, index, x, readout, grad, sum); });
+      return;
     }
+    FlyChunk<A> h, to;
+    in_chunks(units, [&](int64_t first, int64_t some) {
+      hash(some, arity, index + first * arity, x, nullptr, h.at);
+      signal(some, outputs, readout + first * outputs, grad, to.at);
+      for (int64_t u = 0; u < some; ++u)
+        add_product(Row<A>::at(h.at + u * kBlock), Row<A>::at(to.at + u * kBlock), sum + (first + u) * kLanes<A>);
+    });
   }
 
   void mask(int64_t units, const A* h, const A* gain, A* signal) const override {
@@ -118,13 +153,13 @@ class Ops final : public FlyHashOps<A> {
     }
   }
 
-  void scatter(int64_t units, int64_t arity, const int32_t* index, const A* grad, A* x, A* total) const override {
+  void scatter(int64_t units, int64_t arity, const uint32_t* index, const A* grad, A* x, A* total) const override {
     Row<A> all = Row<A>::at(total);
     for (int64_t u = 0; u < units; ++u, grad += kBlock, index += arity) {
       const Row<A> value = Row<A>::at(grad);
       all += value;
       for (int64_t k = 0; k < arity; ++k) {
-        A* const to = x + index[k] * kBlock;
+        A* const to = row(x, index[k]);
         Row<A> sum = Row<A>::at(to);
         sum += value;
         sum.store(to);
@@ -144,38 +179,118 @@ class Ops final : public FlyHashOps<A> {
   }
 
  private:
-  template <class Arity>
-  static void hash_of(Arity arity, int64_t units, const int32_t* index, const A* x, const Row<A>& centre, const A* gain,
-                      A* to) {
-    for (int64_t u = 0; u < units; ++u, index += arity(), to += kBlock) {
-      Row<A> sum = arity() > 0 ? Row<A>::at(x + index[0] * kBlock) : Row<A>{};
-      for (int64_t k = 1; k < arity(); ++k) sum += Row<A>::at(x + index[k] * kBlock);
-      sum -= centre;
-      sum = sum.where_active(sum);
-      (gain ? sum * gain[u] : sum).store(to);
+  template <class Unsigned, class Index>
+  static bool offsets_of(int64_t n, const Index* index, int64_t limit, uint32_t* to) {
+    Unsigned most = 0;  // what is negative counts as large
+    for (int64_t i = 0; i < n; ++i) {
+      const auto value = Unsigned(index[i]);
+      most = value > most ? value : most;
+      to[i] = uint32_t(kFlyStep) * uint32_t(value);
+    }
+    return n == 0 || most < uint64_t(limit);
+  }
+
+  template <class Element>
+  static Element* row(Element* x, uint32_t offset) {
+    return reinterpret_cast<Element*>(reinterpret_cast<uintptr_t>(x) + 8 * uintptr_t(offset));
+  }
+
+  /// f(a function that yields the arity): the paper's 7 as a constant, so that loops over it are unrolled.
+  template <class F>
+  static void with_arity(int64_t arity, F f) {
+    if (arity == 7) {
+      f([] { return int64_t(7); });
+    } else {
+      f([=] { return arity; });
     }
   }
 
+  /// f(from which, how many) of units.
+  template <class F>
+  static void in_chunks(int64_t units, F f) {
+    for (int64_t first = 0; first < units; first += kFlyChunk)
+      f(first, units - first < kFlyChunk ? units - first : kFlyChunk);
+  }
+
+  /// f(how many, from which) of outputs whose sums stay in registers.
+  template <class F>
+  static void in_rows(int64_t outputs, F f) {
+    int64_t o = 0;
+    for (; o + kRows <= outputs; o += kRows) f(std::integral_constant<int64_t, kRows>(), o);
+    for (; o + 2 <= outputs; o += 2) f(std::integral_constant<int64_t, 2>(), o);
+    for (; o < outputs; ++o) f(std::integral_constant<int64_t, 1>(), o);
+  }
+
+  template <class Arity>
+  static Row<A> unit(Arity arity, const uint32_t* index, const A* x) {
+    Row<A> sum = arity() > 0 ? Row<A>::at(row(x, index[0])) : Row<A>{};
+    for (int64_t k = 1; k < arity(); ++k) sum += Row<A>::at(row(x, index[k]));
+    return {{relu<A>(sum.half[0]), relu<A>(sum.half[1])}};
+  }
+
+  template <class Arity>
+  static void read_out_hash(Arity arity, int64_t units, const uint32_t* index, const A* x, const A* readout, A* sum) {
+    Row<A> total[kRows];
+    for (int64_t r = 0; r < kRows; ++r) total[r] = Row<A>::at(sum + r * kBlock);
+    in_chunks(units, [&](int64_t first, int64_t some) {
+      const A* const from = readout + first * kRows;
+      for (int64_t u = 0; u < some; ++u) {
+        const Row<A> h = unit(arity, index + (first + u) * arity(), x);
+        for (int64_t r = 0; r < kRows; ++r) total[r] += h * from[r * kFlyChunk + u];
+      }
+    });
+    for (int64_t r = 0; r < kRows; ++r) total[r].store(sum + r * kBlock);
+  }
+
   template <int64_t rows>
-  static void read_out_rows(int64_t units, const A* readout, int64_t stride, const A* h, A* sum) {
+  static void read_out_rows(int64_t units, const A* readout, const A* gain, const A* h, A* sum) {
     Row<A> total[rows];
     for (int64_t r = 0; r < rows; ++r) total[r] = Row<A>::at(sum + r * kBlock);
-    for (int64_t u = 0; u < units; ++u) {
-      const Row<A> value = Row<A>::at(h + u * kBlock);
-      for (int64_t r = 0; r < rows; ++r) total[r] += value * readout[r * stride + u];
+    if (gain) {
+      for (int64_t u = 0; u < units; ++u) {
+        const Row<A> value = Row<A>::at(h + u * kBlock), each = Row<A>::at(gain + u * kBlock);
+        for (int64_t r = 0; r < rows; ++r) total[r] += value * (each * readout[r * kFlyChunk + u]);
+      }
+    } else {
+      for (int64_t u = 0; u < units; ++u) {
+        const Row<A> value = Row<A>::at(h + u * kBlock);
+        for (int64_t r = 0; r < rows; ++r) total[r] += value * readout[r * kFlyChunk + u];
+      }
     }
     for (int64_t r = 0; r < rows; ++r) total[r].store(sum + r * kBlock);
   }
 
   template <int64_t rows>
-  static void signal_of(int64_t units, const A* readout, int64_t stride, const A* grad, A* to, bool add) {
+  static void signal_of(int64_t units, const A* readout, const A* grad, A* to, bool add) {
     Row<A> g[rows];
     for (int64_t r = 0; r < rows; ++r) g[r] = Row<A>::at(grad + r * kBlock);
     for (int64_t u = 0; u < units; ++u, to += kBlock) {
       Row<A> sum = add ? Row<A>::at(to) : Row<A>{};
-      for (int64_t r = 0; r < rows; ++r) sum += g[r] * readout[r * stride + u];
+      for (int64_t r = 0; r < rows; ++r) sum += g[r] * readout[r * kFlyChunk + u];
       sum.store(to);
     }
+  }
+
+  template <class Arity>
+  static void add_hash_products(Arity arity, int64_t units, const uint32_t* index, const A* x, const A* readout,
+                                const A* grad, A* sum) {
+    Row<A> g[kRows];
+    for (int64_t r = 0; r < kRows; ++r) g[r] = Row<A>::at(grad + r * kBlock);
+    in_chunks(units, [&](int64_t first, int64_t some) {
+      const A* const from = readout + first * kRows;
+      for (int64_t u = 0; u < some; ++u) {
+        Row<A> signal = g[0] * from[u];
+        for (int64_t r = 1; r < kRows; ++r) signal += g[r] * from[r * kFlyChunk + u];
+        add_product(unit(arity, index + (first + u) * arity(), x), signal, sum + (first + u) * kLanes<A>);
+      }
+    });
+  }
+
+  static void add_product(const Row<A>& h, const Row<A>& signal, A* sum) {
+    Lanes<A> total = load(sum);
+    total += h.half[0] * signal.half[0];
+    total += h.half[1] * signal.half[1];
+    __builtin_memcpy(sum, &total, sizeof(total));
   }
 };
 
