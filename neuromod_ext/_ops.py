@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuromod_ext import _checks, _conv_checks, _fly_checks, _hadamard_checks, reference
+from neuromod_ext import (
+    _checks,
+    _conv_checks,
+    _fly_checks,
+    _hadamard_checks,
+    _step_checks,
+    reference,
+)
 from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext._conv_checks import Options
 from neuromod_ext.reference import Gradients
@@ -254,7 +261,7 @@ def _fake_manifold_step_(
     maximize: bool = False,
     first_step: bool = False,
 ) -> None:
-    _checks.manifold_step_(
+    _step_checks.manifold_step_(
         param,
         grad,
         momentum_buffer,
@@ -280,7 +287,7 @@ def _fake_manifold_step_foreach_(
     maximize: bool = False,
     first_step: bool = False,
 ) -> None:
-    _checks.manifold_step_foreach_(
+    _step_checks.manifold_step_foreach_(
         params,
         grads,
         momentum_buffers,

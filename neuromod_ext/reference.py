@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from neuromod_ext import _checks, _conv_checks
+from neuromod_ext import _checks, _conv_checks, _step_checks
 from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext._conv_checks import Options
 from neuromod_ext._fly_reference import (
@@ -341,7 +341,7 @@ def manifold_step_(
     first_step: bool = False,
 ) -> None:
     """SGD in the manifold's metric, in place: d = G⁻¹ g + weight_decay P, momentum, P -= lr d."""
-    _checks.manifold_step_(
+    _step_checks.manifold_step_(
         param,
         grad,
         momentum_buffer,
@@ -372,7 +372,7 @@ def manifold_step_foreach_(
     first_step: bool = False,
 ) -> None:
     """:func:`manifold_step_` of many parameters, by a rate in a tensor."""
-    _checks.manifold_step_foreach_(
+    _step_checks.manifold_step_foreach_(
         params,
         grads,
         momentum_buffers,

@@ -126,8 +126,7 @@ class RotationMNIST(TaskStream):
         labels: As of every stream.
         tasks: How many.
         step: Degrees between tasks. The stream is closed if they come round to 360.
-        mean: As of every stream.
-        std: As of every stream.
+        **normalise: ``mean`` and ``std``, as of every stream.
 
     Raises:
         TypeError: As of every stream.
@@ -141,10 +140,9 @@ class RotationMNIST(TaskStream):
         *,
         tasks: int = 36,
         step: float = 10.0,
-        mean: float = 0.1307,
-        std: float = 0.3081,
+        **normalise: float,
     ) -> None:
-        super().__init__(images, labels, mean=mean, std=std)
+        super().__init__(images, labels, **normalise)
         _at_least("RotationMNIST", "tasks", tasks, 1)
         height, width = self.images.shape[2:]
         if height != width:
@@ -168,8 +166,7 @@ class ShiftMNIST(TaskStream):
         images: As of every :class:`TaskStream`.
         labels: As of every stream.
         pixels: Between tasks; divides the width W of the images.
-        mean: As of every stream.
-        std: As of every stream.
+        **normalise: ``mean`` and ``std``, as of every stream.
 
     Raises:
         TypeError: As of every stream.
@@ -184,10 +181,9 @@ class ShiftMNIST(TaskStream):
         labels: Tensor,
         *,
         pixels: int = 1,
-        mean: float = 0.1307,
-        std: float = 0.3081,
+        **normalise: float,
     ) -> None:
-        super().__init__(images, labels, mean=mean, std=std)
+        super().__init__(images, labels, **normalise)
         width = self.images.shape[3]
         if pixels < 1 or width % pixels:
             raise ValueError(
@@ -212,8 +208,7 @@ class AugmentMNIST(TaskStream):
         images: As of every :class:`TaskStream`.
         labels: As of every stream.
         seed: Of the random augmentations; give test images another than training images.
-        mean: As of every stream.
-        std: As of every stream.
+        **normalise: ``mean`` and ``std``, as of every stream.
 
     Raises:
         ImportError: There is no kornia.
@@ -227,10 +222,9 @@ class AugmentMNIST(TaskStream):
         labels: Tensor,
         *,
         seed: int = 0,
-        mean: float = 0.1307,
-        std: float = 0.3081,
+        **normalise: float,
     ) -> None:
-        super().__init__(images, labels, mean=mean, std=std)
+        super().__init__(images, labels, **normalise)
         height, width = self.images.shape[2:]
         self.transforms = augmentations((height, width))
         self.names = tuple(self.transforms)
@@ -251,8 +245,7 @@ class PermutedMNIST(TaskStream):
         labels: As of every stream.
         tasks: How many.
         seed: Of the orders; give test images the same as training images.
-        mean: As of every stream.
-        std: As of every stream.
+        **normalise: ``mean`` and ``std``, as of every stream.
 
     Raises:
         TypeError: As of every stream.
@@ -266,10 +259,9 @@ class PermutedMNIST(TaskStream):
         *,
         tasks: int = 10,
         seed: int = 0,
-        mean: float = 0.1307,
-        std: float = 0.3081,
+        **normalise: float,
     ) -> None:
-        super().__init__(images, labels, mean=mean, std=std)
+        super().__init__(images, labels, **normalise)
         _at_least("PermutedMNIST", "tasks", tasks, 1)
         self.names = ("original", *(f"permutation {t}" for t in range(1, tasks)))
         self.seed = seed
@@ -291,8 +283,7 @@ class SplitMNIST(TaskStream):
         labels: As of every stream.
         classes: In a task; divides their number, which is the largest label and one.
         relabel: Count the classes of each task from 0.
-        mean: As of every stream.
-        std: As of every stream.
+        **normalise: ``mean`` and ``std``, as of every stream.
 
     Raises:
         TypeError: As of every stream.
@@ -307,10 +298,9 @@ class SplitMNIST(TaskStream):
         *,
         classes: int = 2,
         relabel: bool = True,
-        mean: float = 0.1307,
-        std: float = 0.3081,
+        **normalise: float,
     ) -> None:
-        super().__init__(images, labels, mean=mean, std=std)
+        super().__init__(images, labels, **normalise)
         present = self.labels.bincount()
         if classes < 1 or len(present) % classes:
             raise ValueError(
