@@ -24,6 +24,7 @@ EMULATED = Path(os.environ.get("NEUROMOD_EMULATED", LIBRARY))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=BACKENDS, help="only what runs on this backend")
+    parser.addoption("--share", type=float, default=1.0, help="of the random cases on a backend")
 
 
 def pytest_configure() -> None:
@@ -96,11 +97,12 @@ class Backend:
     params=[name for name in BACKENDS if name != "cuda" or torch.cuda.is_available()],
 )
 def backend(request: pytest.FixtureRequest) -> Backend:
+    share = request.config.getoption("share")
     if request.param == "emulated":
         if not EMULATED.exists():
             pytest.fail(
                 f"{EMULATED.name}, the CUDA kernels compiled for the CPU, is not built: run `make`"
             )
         torch.ops.load_library(str(EMULATED))
-        return Backend("emulated", torch.ops.neuromod_emulated, "cpu", 0.24)
-    return Backend(request.param, torch.ops.neuromod_ext, request.param, 1.0)
+        return Backend("emulated", torch.ops.neuromod_emulated, "cpu", 0.24 * share)
+    return Backend(request.param, torch.ops.neuromod_ext, request.param, share)

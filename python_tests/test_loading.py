@@ -47,35 +47,31 @@ PROGRAM = textwrap.dedent(
 )
 
 
-def run(
-    tmp_path: Path, reference: str | None, how: str
-) -> tuple[bool, str | None, list[torch.Tensor]]:
+@pytest.mark.parametrize("how", ["eager", pytest.param("compile", marks=pytest.mark.full)])
+def test_the_reference_gives_the_same(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NEUROMOD_REFERENCE=1 asks for it, without a warning."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
     torch.save(
         {"x": draw(4, 5), "s": draw(4), "P": draw(3, 3, 5), "b": draw(3, 3)}, tmp_path / "in"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "NEUROMOD_REFERENCE"}
-    environment["PYTHONPATH"] = str(ROOT)
-    if reference is not None:
-        environment["NEUROMOD_REFERENCE"] = reference
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), how]
+    monkeypatch.setattr(sys, "argv", ["", *arguments])
+    with warnings.catch_warnings():
+        exec(PROGRAM, {})
+    extension, error, with_kernels = torch.load(tmp_path / "out")
+    assert (extension, error) == (True, None)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path / "in", tmp_path / "out", how],
-        env=environment,
+        [sys.executable, "-c", PROGRAM, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "NEUROMOD_REFERENCE": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return torch.load(tmp_path / "out")
-
-
-@pytest.mark.parametrize("how", ["eager", pytest.param("compile", marks=pytest.mark.full)])
-def test_the_reference_gives_the_same(tmp_path: Path, how: str) -> None:
-    """NEUROMOD_REFERENCE=1 asks for it, without a warning."""
-    extension, error, with_kernels = run(tmp_path, None, how)
-    assert (extension, error) == (True, None)
-    extension, error, without = run(tmp_path, "1", how)
+    extension, error, without = torch.load(tmp_path / "out")
     assert (extension, error) == (False, "NEUROMOD_REFERENCE=1 asks for the reference")
     torch.testing.assert_close(without, with_kernels, rtol=1e-12, atol=1e-12)
 

@@ -22,13 +22,20 @@ def run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("isa", ["baseline", pytest.param("avx2", marks=pytest.mark.full)])
-def test_ops_against_the_oracle(isa: str) -> None:
+@pytest.mark.parametrize(
+    ("isa", "share"),
+    [
+        ("baseline", "0.1"),
+        pytest.param("baseline", "1", marks=pytest.mark.full),
+        pytest.param("avx2", "1", marks=pytest.mark.full),
+    ],
+)
+def test_ops_against_the_oracle(isa: str, share: str) -> None:
     asked = run(isa, "neuromod_ext", "info")
     if "expected NEUROMOD_ISA" in asked.stderr:
         pytest.skip(f"this processor has no {isa}")
     assert f"{isa} row operations" in asked.stdout
-    oracle = ("python_tests/test_oracle.py", "-m", "not full", "-k", "cpu")
+    oracle = ("python_tests/test_oracle.py", "-m", "not full", "-k", "cpu", "--share", share)
     done = run(isa, "pytest", *oracle)
     assert done.returncode == 0, done.stdout
 
