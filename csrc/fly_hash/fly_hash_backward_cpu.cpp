@@ -1,8 +1,9 @@
 // The gradients of fly_hash and fly_readout on the CPU; units are gathered anew.
 //
 // Parameters: a thread takes a slice of units through all samples. Where a block's samples share the gain, its products
-// are added lane by lane, and the lanes at the end; else (tasks, or a last block that is not full) they are transposed
-// and added sample by sample. Both orders depend on sizes and on whether there are tasks, on nothing else.
+// are added lane by lane, and the lanes after every panel of blocks; else (tasks, or a last block that is not full)
+// they are transposed and added sample by sample. Both orders depend on sizes and on whether there are tasks, on
+// nothing else.
 //
 // Input: a thread takes a block of samples through all units, in order; the mean over the units is subtracted at the
 // end, from each input as often as units have it.
@@ -25,10 +26,8 @@ class ParameterGradients {
       : p_(p),
         f_(p.forward),
         factors_(factors),
-        lanes_(wants_lanes() ? f_.units * kHalf : 0),
         gain_(p.grad_gain ? f_.tasks * f_.units : 0),
         readout_(p.grad_readout ? f_.outputs * f_.units : 0) {
-    std::fill_n(lanes_.data(), wants_lanes() ? f_.units * kHalf : 0, A(0));
     std::fill_n(gain_.data(), p.grad_gain ? f_.tasks * f_.units : 0, A(0));
     std::fill_n(readout_.data(), p.grad_readout ? f_.outputs * f_.units : 0, A(0));
   }
@@ -36,37 +35,40 @@ class ParameterGradients {
   void add(const FlyPanel<T>& panel, const A* grad) {
     const double seconds = 1e-9 * double(kSlice * panel.blocks * (f_.arity + f_.outputs + 8));
     parallel(ceil_div(f_.units, kSlice), seconds, [&](int64_t slice) {
-      const int64_t end = std::min((slice + 1) * kSlice, f_.units);
+      const int64_t begin = slice * kSlice, end = std::min(begin + kSlice, f_.units);
+      const int64_t full = p_.grad_gain && !f_.task ? panel.full_blocks() : 0;
+      if (full > 0) add_lanes(panel, full, begin, end, grad);
       for (int64_t block = 0; block < panel.blocks; ++block) {
         const A* const g = grad + block * f_.outputs * kBlock;
-        const bool lanes = wants_lanes() && panel.samples(block) == kBlock;
-        if (lanes) panel.add_products(block, slice * kSlice, end, factors_, g, lanes_.data() + slice * kSlice * kHalf);
-        for (int64_t first = slice * kSlice; first < end; first += kFlyChunk) {
+        for (int64_t first = begin; first < end; first += kFlyChunk) {
           const int64_t units = std::min(kFlyChunk, end - first);
-          if (p_.grad_gain && !lanes) add_to_gain(panel, block, first, units, g);
+          if (p_.grad_gain && block >= full) add_to_gain(panel, block, first, units, g);
           if (p_.grad_readout) add_to_readout(panel, block, first, units, g);
         }
       }
     });
   }
 
-  void store() {
-    if (wants_lanes()) {
-      parallel(ceil_div(f_.units, kFlyChunk), 1e-9 * double(kFlyChunk * kHalf), [&](int64_t i) {
-        const int64_t first = i * kFlyChunk, units = std::min(kFlyChunk, f_.units - first);
-        const A* rows[kFlyChunk];
-        for (int64_t u = 0; u < units; ++u) rows[u] = lanes_.data() + (first + u) * kHalf;
-        FlyChunk<A> by_lane;
-        vectors<A>().transpose(units, kHalf, rows, by_lane.at, kFlyChunk);
-        for (int64_t l = 0; l < kHalf; ++l) vectors<A>().add(units, by_lane.at + l * kFlyChunk, gain_.data() + first);
-      });
-    }
+  void store() const {
     if (p_.grad_gain) vectors<T>().narrow(f_.tasks * f_.units, gain_.data(), p_.grad_gain.template at<T>(0));
     if (p_.grad_readout) vectors<T>().narrow(f_.outputs * f_.units, readout_.data(), p_.grad_readout.template at<T>(0));
   }
 
  private:
-  bool wants_lanes() const { return p_.grad_gain && !f_.task; }
+  void add_lanes(const FlyPanel<T>& panel, int64_t blocks, int64_t begin, int64_t end, const A* grad) {
+    const Scratch<A> lanes((end - begin) * kHalf);
+    std::fill_n(lanes.data(), (end - begin) * kHalf, A(0));
+    for (int64_t block = 0; block < blocks; ++block)
+      panel.add_products(block, begin, end, factors_, grad + block * f_.outputs * kBlock, lanes.data());
+    for (int64_t first = begin; first < end; first += kFlyChunk) {
+      const int64_t units = std::min(kFlyChunk, end - first);
+      const A* rows[kFlyChunk];
+      for (int64_t u = 0; u < units; ++u) rows[u] = lanes.data() + (first - begin + u) * kHalf;
+      FlyChunk<A> by_lane;
+      vectors<A>().transpose(units, kHalf, rows, by_lane.at, kFlyChunk);
+      for (int64_t l = 0; l < kHalf; ++l) vectors<A>().add(units, by_lane.at + l * kFlyChunk, gain_.data() + first);
+    }
+  }
 
   void add_to_gain(const FlyPanel<T>& panel, int64_t block, int64_t first, int64_t units, const A* grad) {
     FlyChunk<A> h, products, by_sample;
@@ -96,7 +98,7 @@ class ParameterGradients {
   const FlyHashBackwardParams& p_;
   const FlyHashParams& f_;
   const FlyReadout<A>& factors_;
-  const Scratch<A> lanes_, gain_, readout_;
+  const Scratch<A> gain_, readout_;
 };
 
 /// dx of one block of samples; `grad` as in ParameterGradients, null for fly_hash.

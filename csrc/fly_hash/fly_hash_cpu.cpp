@@ -3,8 +3,8 @@
 // A lane is a sample: 32 of float are transposed into rows of inputs, and shifted so that the mean over the units is 0.
 // A unit is then the sum of a few whole rows, rectified, and where the readout has ten rows it stays in registers until
 // all outputs have it; the gain is multiplied into the readout. Order of summation: the mean over the inputs, each
-// times the number of units it enters; a unit's inputs in order; outputs over slices of 2048 units, units in order, and
-// then over the slices. No result depends on the other samples of its batch.
+// times the number of units it enters; a unit's inputs in two sums, of even and of odd places; outputs over slices of
+// 2048 units, units in order, and then over the slices. No result depends on the other samples of its batch.
 //
 // Cost for each sample and unit: arity additions (the first is the rectifier), and one multiply-add for each output.
 #include "common/dispatch.h"

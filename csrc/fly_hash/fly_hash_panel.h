@@ -67,7 +67,6 @@ class FlyIndex {
     return true;
   }
 
- private:
   [[noreturn]] static void refuse(const char* op, const FlyHashParams& p) {
     int64_t i = 0, value = 0;
     do {
@@ -140,6 +139,8 @@ class FlyPanel {
 
   int64_t sample(int64_t block) const { return first_ + block * kBlock; }
   int64_t samples(int64_t block) const { return std::min(kBlock, p_.batch - sample(block)); }
+  /// Blocks with as many samples as lanes; they come first.
+  int64_t full_blocks() const { return samples(blocks - 1) == kBlock ? blocks : blocks - 1; }
   const A* x(int64_t block) const { return x_.data() + block * p_.inputs * kBlock; }
 
   /// to[d][s] = from[sample(block) + s][first + d], and 0 where there is no sample

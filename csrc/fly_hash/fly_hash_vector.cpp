@@ -221,21 +221,33 @@ class Ops final : public FlyHashOps<A> {
     for (; o < outputs; ++o) f(std::integral_constant<int64_t, 1>(), o);
   }
 
+  /// In two sums, which wait less for each other.
   template <class Arity>
   static Row<A> unit(Arity arity, const uint32_t* index, const A* x) {
-    Row<A> sum = arity() > 0 ? Row<A>::at(row(x, index[0])) : Row<A>{};
-    for (int64_t k = 1; k < arity(); ++k) sum += Row<A>::at(row(x, index[k]));
-    return {{relu<A>(sum.half[0]), relu<A>(sum.half[1])}};
+    Row<A> even = {}, odd = {};
+    if (arity() > 0) even = Row<A>::at(row(x, index[0]));
+    if (arity() > 1) odd = Row<A>::at(row(x, index[1]));
+    int64_t k = 2;
+    for (; k + 2 <= arity(); k += 2) {
+      even += Row<A>::at(row(x, index[k]));
+      odd += Row<A>::at(row(x, index[k + 1]));
+    }
+    if (k < arity()) even += Row<A>::at(row(x, index[k]));
+    if (arity() > 1) even += odd;
+    return {{relu<A>(even.half[0]), relu<A>(even.half[1])}};
   }
 
   template <class Arity>
   static void read_out_hash(Arity arity, int64_t units, const uint32_t* index, const A* x, const A* readout, A* sum) {
     Row<A> total[kRows];
     for (int64_t r = 0; r < kRows; ++r) total[r] = Row<A>::at(sum + r * kBlock);
+    Row<A> next = unit(arity, index, x);
     in_chunks(units, [&](int64_t first, int64_t some) {
       const A* const from = readout + first * kRows;
       for (int64_t u = 0; u < some; ++u) {
-        const Row<A> h = unit(arity, index + (first + u) * arity(), x);
+        const Row<A> h = next;
+        if (first + u + 1 < units) index += arity();
+        next = unit(arity, index, x);  // its loads take place while h is multiplied
         for (int64_t r = 0; r < kRows; ++r) total[r] += h * from[r * kFlyChunk + u];
       }
     });
