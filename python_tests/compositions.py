@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import fly_compositions
+import pytest
 import torch
 from composition import Composition
 from sampling import Draw
@@ -353,4 +354,12 @@ CENTRAL = (
     "hadamard_rotate-back",
     "gain_linear-tasks",
     "FlyNet-fixed",
+)
+every = pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
+central_first = pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(entry, id=entry.id, marks=[] if entry.id in CENTRAL else pytest.mark.full)
+        for entry in ALL
+    ],
 )

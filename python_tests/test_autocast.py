@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bounds import UNIT
-from compositions import ALL, Composition
+from compositions import ALL, Composition, every
 from sampling import Draw
 from torch import Tensor
 
@@ -11,7 +11,6 @@ import neuromod_ext as nm
 import neuromod_ext.functional as MF
 
 LOW = (torch.bfloat16, torch.float16)
-every = pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
 # weights and metrics stay as they are, and so does what is only scaled or rotated
 FULL_PRECISION = (
     "interpolate_weights",

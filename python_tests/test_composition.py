@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compositions import ALL, CENTRAL, Composition
+from compositions import Composition, central_first, every
 from sampling import Draw
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -12,14 +12,6 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
-every = pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
-central_first = pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(entry, id=entry.id, marks=[] if entry.id in CENTRAL else pytest.mark.full)
-        for entry in ALL
-    ],
-)
 Args = tuple[Tensor, ...]
 
 
@@ -78,7 +70,7 @@ def test_double_backward(entry: Composition) -> None:
     equal(second(entry.call), second(entry.definition))
 
 
-@every
+@central_first
 def test_compile_static(entry: Composition) -> None:
     args = arguments(entry)
     equal(

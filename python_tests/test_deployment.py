@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compositions import ALL, WITHOUT_OPS, Composition
+from compositions import WITHOUT_OPS, Composition, central_first, every
 from sampling import Draw
 from torch import Tensor, nn
 from torch.export import Dim
@@ -12,7 +12,6 @@ from torch.export import Dim
 import neuromod_ext as nm
 
 ONE_CONDITION = "manifold_linear-one_condition"
-every = pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
 
 
 class Wrapped(nn.Module):
@@ -57,7 +56,7 @@ def test_export(entry: Composition) -> None:
         assert ours == (entry.subject not in WITHOUT_OPS), targets
 
 
-@every
+@central_first
 def test_export_round_trip(entry: Composition, tmp_path: Path) -> None:
     args = entry.make(Draw(entry.id, torch.float64), 5)
     torch.export.save(exported(entry), tmp_path / "model.pt2")

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from compositions import ALL, WITHOUT_OPS, Composition
+from compositions import ALL, WITHOUT_OPS, Composition, every
 from functorch.compile import make_boxed_func
 from sampling import Draw
 from torch._dynamo.backends.common import aot_autograd
@@ -90,7 +90,7 @@ def test_tangents_active() -> None:
     assert not _transforms.tangents_active()
 
 
-@pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
+@every
 def test_without_gradients_no_graph(entry: Composition) -> None:
     """The same bits, whether operands require grad or not, and no node where nothing asks."""
     args = entry.make(Draw(entry.id), 3)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bounds import check
-from compositions import ALL, CENTRAL, Composition
+from compositions import ALL, CENTRAL, Composition, every
 from entry import Call
 from fly_entries import certain_units
 from op_entries import OPS
@@ -30,7 +30,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here"),
 ]
 every_op = pytest.mark.parametrize("name", _ops.NAMES)
-every_composition = pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
 
 
 def large(name: str, dtype: torch.dtype = torch.float32) -> Call:
@@ -131,7 +130,7 @@ def test_streams(name: str) -> None:
     assert not any(w.item() for w in wrong)
 
 
-@every_composition
+@every
 def test_nothing_is_kept(entry: Composition) -> None:
     """What is allocated after 1,000 forward and backward passes is what was before."""
     inputs = leaves(entry.make(Draw(f"gpu/{entry.id}", device="cuda"), 3))
@@ -149,7 +148,7 @@ def test_nothing_is_kept(entry: Composition) -> None:
     assert torch.cuda.memory_allocated() == before
 
 
-@every_composition
+@every
 def test_derivatives(entry: Composition, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits each time: also where convolutions are cuDNN's, which need not be."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from compositions import ALL, Composition
+from compositions import Composition, every
 from entry import Call
 from op_entries import OPS
 from sampling import Draw
@@ -15,7 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from neuromod_ext import _ops, autograd
 from neuromod_ext.reference import INTERPOLATE_WEIGHTS, MANIFOLD_LINEAR
 
-QUICK, FULL = 3, 10
+QUICK, FULL = 1, 10  # second derivatives of convolutions take seconds
 SEEDS = [pytest.param(i, marks=pytest.mark.full if i >= QUICK else []) for i in range(FULL)]
 FORMS = {
     name: (form, result)
@@ -50,7 +50,7 @@ def verify(function: Callable[..., Tensor], args: tuple[Tensor, ...], forward: b
 
 
 @pytest.mark.parametrize("i", SEEDS)
-@pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
+@every
 def test_public(entry: Composition, i: int) -> None:
     """Functions and modules, as a user calls them."""
     draw = Draw(f"{entry.id}/{i}")
@@ -92,7 +92,7 @@ def test_registered(name: str, i: int) -> None:
     assert gradgradcheck(function, args, nondet_tol=0.0)
 
 
-@pytest.mark.parametrize("entry", ALL, ids=[entry.id for entry in ALL])
+@every
 def test_only_what_is_asked_for(entry: Composition) -> None:
     """Operands that need no gradient get none, and change nothing for the others."""
     args = entry.make(Draw(entry.id), 3)

@@ -35,6 +35,11 @@ RAGGED = [  # B, tokens, K, O, I: beside the edges of tiles (32, 64) and blocks 
     (1, (1030,), 1, 5, 300),
 ]
 every_plan = pytest.mark.parametrize("plan", PLANS)
+every_way = pytest.mark.parametrize(  # float16 takes that of bfloat16; test_fuzz has both
+    "dtype",
+    [pytest.param(d, marks=pytest.mark.full) if d == torch.float16 else d for d in DTYPES],
+    ids=name_of,
+)
 
 
 @pytest.fixture
@@ -67,7 +72,7 @@ def test_fuzz(name: str, dtype: torch.dtype, forced: str, cases: int) -> None:
         verify(name, OPS[name].draw(draw, 50_000), draw)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_way
 @pytest.mark.parametrize("sizes", RAGGED, ids=lambda s: f"{s[0]}-{s[1]}-{s[2:]}")
 @every_plan
 def test_ragged(sizes, dtype: torch.dtype, forced: str) -> None:
@@ -82,7 +87,7 @@ def test_ragged(sizes, dtype: torch.dtype, forced: str) -> None:
         verify(name, call, draw)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_way
 @pytest.mark.parametrize("name", NAMES)
 @every_plan
 def test_same_bits_on_any_number_of_threads(name: str, dtype: torch.dtype, forced: str) -> None:
@@ -95,7 +100,9 @@ def test_same_bits_on_any_number_of_threads(name: str, dtype: torch.dtype, force
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.full)], ids=name_of
+)
 @pytest.mark.parametrize("plan", ["expand", "expand_gemm"])
 def test_many_rows(dtype: torch.dtype, forced: str) -> None:
     """More than are taken at a time, of basis points that lie apart."""

@@ -7,7 +7,7 @@ from conftest import Backend
 from op_entries import OPS
 from sampling import LAYOUTS, Draw, name_of
 
-TIERS = [pytest.param(500, id="quick"), pytest.param(10_000, id="full", marks=pytest.mark.full)]
+TIERS = [pytest.param(250, id="quick"), pytest.param(10_000, id="full", marks=pytest.mark.full)]
 CASES = [
     pytest.param(name, dtype, id=f"{name}-{name_of(dtype)}")
     for name, op in OPS.items()

@@ -136,7 +136,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return results(out)
 
 
-@pytest.mark.parametrize("saves", [1, 4, 6, 15])
+@pytest.mark.parametrize(
+    "saves", [4, 6, *(pytest.param(saves, marks=pytest.mark.full) for saves in (1, 15))]
+)
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     saves: int,
     uninterrupted: bytes,
