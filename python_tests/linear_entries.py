@@ -86,7 +86,9 @@ def plan_of(roles: str) -> Callable[[Call], str]:
             out_features=weight[1],
             in_features=weight[2],
         )
-        return plans["backward" if "g" in t else "forward"][0][0]
+        if "g" not in t:
+            return plans["forward"][0][0]
+        return plans["update" if roles.startswith("P") else "backward"][0][0]
 
     return plan
 

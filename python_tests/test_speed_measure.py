@@ -228,7 +228,7 @@ def test_variants_agree_with_float64(name: str) -> None:
     for group in runner.BENCHES[name](torch.float32, True):
         problem = group.build(CPU)
         roles = [variant.role for variant in problem.variants]
-        assert roles.count("ours") == 1 and roles.count("peer") >= 3
+        assert roles.count("ours") == 1 and roles.count("peer") >= 2
         for direction in group.goals:
             with torch.set_grad_enabled(direction == BACKWARD):
                 for variant in problem.variants:
