@@ -321,7 +321,9 @@ def table(record: dict[str, Any]) -> Table:
     """The results, for a terminal."""
     config = record["config"]
     found = [f"{c['above']:,} and {c['below']:,}" for c in record["crossings"]]
-    where = f"cross between {' and between '.join(found)} parameters" if found else "show no crossing"
+    where = "show no crossing"
+    if found:
+        where = f"cross between {' and between '.join(found)} parameters"
     sheet = Table(
         title=f"Digits 0 to 4 and 5 to 9, {config['data']}: test accuracy in %",
         caption=f"Mean of both tasks ± 95 % t-interval over {config['seeds']} seeds "
