@@ -30,10 +30,15 @@ class Ops final : public VectorOps<T> {
   }
 
   void mix(int64_t n, int64_t terms, const A* c, const T* const* rows, T* to) const override {
-    mix_to(n, terms, c, rows, to);
+    mix_to<false>(n, terms, c, rows, to);
+  }
+  void mix_streamed(int64_t n, int64_t terms, const A* c, const T* const* rows, T* to) const override {
+    if (reinterpret_cast<uintptr_t>(to) % kStreamed != 0) return mix_to<false>(n, terms, c, rows, to);
+    mix_to<true>(n, terms, c, rows, to);
+    stream_fence();
   }
   void mix_wide(int64_t n, int64_t terms, const A* c, const T* const* rows, A* to) const override {
-    mix_to(n, terms, c, rows, to);
+    mix_to<false>(n, terms, c, rows, to);
   }
 
   void add(int64_t n, const A* from, T* to) const override {
@@ -259,26 +264,34 @@ class Ops final : public VectorOps<T> {
     }
   }
 
-  template <class To>
+  template <bool streamed, class To>
   static void mix_to(int64_t n, int64_t terms, const A* c, const T* const* rows, To* to) {
     constexpr int64_t many = 4;
     int64_t first = 0;
-    for (; first + many * kLanes<A> <= n; first += many * kLanes<A>) mix_lanes<many>(first, terms, c, rows, to);
-    for (; first + kLanes<A> <= n; first += kLanes<A>) mix_lanes<1>(first, terms, c, rows, to);
+    for (; first + many * kLanes<A> <= n; first += many * kLanes<A>)
+      mix_lanes<many, streamed>(first, terms, c, rows, to);
+    for (; first + kLanes<A> <= n; first += kLanes<A>) mix_lanes<1, false>(first, terms, c, rows, to);
     for (; first < n; ++first) {
       A sum = 0;
       for (int64_t j = 0; j < terms; ++j) sum += c[j] * wide(rows[j][first]);
       to[first] = rounded<To>(sum);
     }
   }
-  template <int64_t many, class To>
+  template <int64_t many, bool streamed, class To>
   static void mix_lanes(int64_t first, int64_t terms, const A* c, const T* const* rows, To* to) {
     Lanes<A> sum[many] = {};
     for (int64_t j = 0; j < terms; ++j)
       for (int64_t i = 0; i < many; ++i) sum[i] += load(rows[j] + first + i * kLanes<A>) * c[j];
     A sums[many * kLanes<A>];
     __builtin_memcpy(sums, sum, sizeof(sum));
-    for (int64_t i = 0; i < many * kLanes<A>; ++i) to[first + i] = rounded<To>(sums[i]);
+    if constexpr (streamed) {
+      alignas(kStreamed) To values[many * kLanes<A>];
+      for (int64_t i = 0; i < many * kLanes<A>; ++i) values[i] = rounded<To>(sums[i]);
+      for (size_t i = 0; i < sizeof(values); i += kStreamed)
+        stream(reinterpret_cast<char*>(to + first) + i, reinterpret_cast<const char*>(values) + i);
+    } else {
+      for (int64_t i = 0; i < many * kLanes<A>; ++i) to[first + i] = rounded<To>(sums[i]);
+    }
   }
 
   template <class U>

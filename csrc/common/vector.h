@@ -20,6 +20,8 @@ class VectorOps {
   virtual void narrow(int64_t n, const A* from, T* to) const = 0;
   /// to[i] = T(sum_j c[j] rows[j][i]), j in order
   virtual void mix(int64_t n, int64_t terms, const A* c, const T* const* rows, T* to) const = 0;
+  /// The same, written past the caches.
+  virtual void mix_streamed(int64_t n, int64_t terms, const A* c, const T* const* rows, T* to) const = 0;
   /// The same, not rounded to T.
   virtual void mix_wide(int64_t n, int64_t terms, const A* c, const T* const* rows, A* to) const = 0;
   /// to[i] = T(A(to[i]) + from[i])
@@ -96,6 +98,16 @@ const VectorOps<T>& vectors() {
   } else {
     return *vector_set().float16;
   }
+}
+
+/// VectorOps::mix for a part of a result of `total` elements: past the caches, if it leaves them before it is read.
+template <class T>
+void mix_large(int64_t total, int64_t n, int64_t terms, const acc_t<T>* c, const T* const* rows, T* to) {
+  constexpr int64_t large = int64_t(4) << 20;
+  if (total * int64_t(sizeof(T)) >= large)
+    vectors<T>().mix_streamed(n, terms, c, rows, to);
+  else
+    vectors<T>().mix(n, terms, c, rows, to);
 }
 
 /// Those of fly_hash, for elements of type T.

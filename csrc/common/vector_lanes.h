@@ -3,6 +3,10 @@
 // internal linkage.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "common/vector.h"
 
 namespace neuromod {
@@ -83,6 +87,23 @@ inline Lanes<acc_t<T>> load(const T* from) {
   } else {
     return load_as<Lanes<T>>(from);
   }
+}
+
+/// Writes so many bytes, as aligned, past the caches; other threads may see them after the fence.
+constexpr size_t kStreamed = 64;
+inline void stream(void* to, const void* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
+#elif defined(__SSE2__)
+  for (int i = 0; i < 4; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, static_cast<const __m128i*>(from)[i]);
+#else
+  __builtin_memcpy(to, from, kStreamed);
+#endif
+}
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 /// Halves are added, then quarters: a fixed order, whatever the registers.

@@ -7,7 +7,6 @@
 #include "interpolate_weights/interpolate_weights.h"
 
 namespace neuromod {
-
 void interpolate_weights_cpu(const InterpolateWeightsParams& p) {
   dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -24,48 +23,48 @@ void interpolate_weights_cpu(const InterpolateWeightsParams& p) {
           in[j] = p.in.at<T>(j, first);
           c[j] = *p.mix.at<A>(m, j);
         }
-        vectors<T>().mix(n, p.terms, c.data(), in.data(), p.out.at<T>(m, first));
+        mix_large(p.rows * p.length, n, p.terms, c.data(), in.data(), p.out.at<T>(m, first));
       }
     });
   });
 }
 
-namespace {
-
-void grad_coeff_cpu(const InterpolateWeightsBackwardParams& p) {
+// A chunk of all gradients meets every basis point, and makes the chunk of the basis points' gradients, while in cache.
+// Chunks are dealt out to a fixed number of parts, whose sums are folded in order.
+void interpolate_weights_backward_cpu(const InterpolateWeightsBackwardParams& p) {
   dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    constexpr int64_t chunk = 4096;  // of a gradient, which meets every basis point while in cache
-    const int64_t K = p.num_basis, chunks = ceil_div(p.length, chunk), parts = std::clamp<int64_t>(chunks, 1, 16);
-    const Scratch<A> partial(p.batch * parts * K);
-    const double seconds = 1e-10 * double(p.length / parts * (K + 1));
-    parallel(p.batch * parts, seconds, [&](int64_t i) {
-      const int64_t b = i / parts;
-      A* const sum = partial.data() + i * K;
-      std::fill_n(sum, K, A(0));
-      for (int64_t first = i % parts * chunk; first < p.length; first += parts * chunk)
-        for (int64_t k = 0; k < K; ++k)
-          sum[k] +=
-              vectors<T>().dot(std::min(chunk, p.length - first), p.grad.at<T>(b, first), p.basis.at<T>(k, first));
-    });
-    for (int64_t b = 0; b < p.batch; ++b) {
-      for (int64_t k = 0; k < K; ++k) {
-        A sum = 0;
-        for (int64_t part = 0; part < parts; ++part) sum += partial[(b * parts + part) * K + k];
-        static_cast<A*>(p.grad_coeff)[b * K + k] = sum;
+    constexpr int64_t cache = 1 << 20, most_parts = 64;
+    const int64_t B = p.batch, K = p.num_basis;
+    const int64_t fitting = std::min(cache / (B * int64_t(sizeof(T))), ceil_div(p.length, most_parts));
+    const int64_t chunk = std::clamp<int64_t>(fitting / 64 * 64, 256, 2048);
+    const int64_t chunks = ceil_div(p.length, chunk), parts = std::clamp<int64_t>(chunks, 1, most_parts);
+    const Scratch<A> partial(parts * B * K);
+    parallel(parts, 1e-10 * double(p.length / parts * B * (2 * K + 1)), [&](int64_t part) {
+      A* const sums = partial.data() + part * B * K;
+      std::fill_n(sums, B * K, A(0));
+      const Scratch<const T*> grads(B);
+      const Scratch<A> c(B);
+      for (int64_t first = part * chunk; first < p.length; first += parts * chunk) {
+        const int64_t n = std::min(chunk, p.length - first);
+        for (int64_t b = 0; b < B; ++b) {
+          grads[b] = p.grad.at<T>(b, first);
+          for (int64_t k = 0; k < K; ++k) sums[b * K + k] += vectors<T>().dot(n, grads[b], p.basis.at<T>(k, first));
+        }
+        if (!p.grad_basis) continue;
+        for (int64_t k = 0; k < K; ++k) {
+          for (int64_t b = 0; b < B; ++b) c[b] = *p.coeff.at<A>(b, k);
+          vectors<T>().mix(n, B, c.data(), grads.data(), p.grad_basis.at<T>(k, first));
+        }
       }
+    });
+    for (int64_t i = 0; i < B * K; ++i) {
+      A sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += partial[part * B * K + i];
+      static_cast<A*>(p.grad_coeff)[i] = sum;
     }
   });
-}
-
-}  // namespace
-
-void interpolate_weights_backward_cpu(const InterpolateWeightsBackwardParams& p) {
-  grad_coeff_cpu(p);
-  if (!p.grad_basis) return;
-  const View transposed{p.coeff.data, {p.coeff.stride[1], p.coeff.stride[0], 0}};
-  interpolate_weights_cpu({p.dtype, p.num_basis, p.batch, p.length, transposed, p.grad, p.grad_basis});
 }
 
 }  // namespace neuromod

@@ -23,7 +23,7 @@ std::vector<int64_t> shape_with_first(int64_t first, at::IntArrayRef sizes) {
 
 /// out[m] = sum_j mix[m,j] in[j], for in [J, ...]
 Tensor mixture(const char* op, const Tensor& mix, const Tensor& in) {
-  const Tensor out = at::empty(shape_with_first(mix.size(0), in.sizes()), in.options());
+  const Tensor out = empty_result(shape_with_first(mix.size(0), in.sizes()), in.options());
   if (out.numel() == 0) return out;
   if (in.size(0) == 0) return out.zero_();
   const Tensor in_rows = as_rows(in), out_rows = as_rows(out);

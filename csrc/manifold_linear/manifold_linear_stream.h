@@ -55,13 +55,14 @@ void manifold_linear_stream_backward(const ManifoldLinearBackwardParams& q) {
   std::fill_n(dx.data(), q.grad_input ? blocks * R * I : 0, A(0));
   std::fill_n(dc.data(), blocks * R * L, A(0));
   parallel(blocks, 1e-10 * double(height * K * I), [&](int64_t block) {
-    const Scratch<A> row(I), bias(K);
+    const Scratch<A> sum(I), bias(K), c(R);
+    const Scratch<const T*> rows(R);
     A g;
     for (int64_t o = block * height; o < std::min((block + 1) * height, p.out_features); ++o) {
       std::fill_n(bias.data(), K, A(0));
       for (int64_t k = 0; k < K; ++k) {
         const T* const basis = p.basis.at<T>(k, o);
-        std::fill_n(row.data(), q.grad_basis ? I : 0, A(0));
+        int64_t terms = 0;
         for (int64_t r = 0; r < R; ++r) {
           const int64_t b = r / p.tokens, l = p.entry(b, k);
           if (l >= L) continue;
@@ -74,10 +75,14 @@ void manifold_linear_stream_backward(const ManifoldLinearBackwardParams& q) {
             dc[(block * R + r) * L + l] += g * value;
           }
           if (q.grad_input) vectors<T>().add_scaled(I, scaled, basis, &dx[(block * R + r) * I]);
-          if (q.grad_basis) vectors<T>().add_scaled(I, scaled, p.input.at<T>(r), row.data());
+          c[terms] = scaled, rows[terms++] = p.input.at<T>(r);
         }
-        if (q.grad_basis && q.accumulate) vectors<T>().add(I, row.data(), q.grad_basis.at<T>(k, o));
-        if (q.grad_basis && !q.accumulate) vectors<T>().narrow(I, row.data(), q.grad_basis.at<T>(k, o));
+        if (q.grad_basis && q.accumulate) {
+          vectors<T>().mix_wide(I, terms, c.data(), rows.data(), sum.data());
+          vectors<T>().add(I, sum.data(), q.grad_basis.at<T>(k, o));
+        } else if (q.grad_basis) {
+          mix_large(K * p.out_features * I, I, terms, c.data(), rows.data(), q.grad_basis.at<T>(k, o));
+        }
         if (q.grad_bias) vectors<T>().narrow(1, &bias[k], q.grad_bias.at<T>(k, o));
       }
     }

@@ -13,23 +13,36 @@ template <class T>
 void step(const ManifoldStepTensor& t, const ManifoldStepNumbers& numbers) {
   using A = acc_t<T>;
   constexpr int64_t chunk = 1024;
-  const int64_t K = t.num_basis;
-  const double seconds = 1e-10 * double(chunk * K * (t.metric_inverse ? K : 1));
-  parallel_ranges(ceil_div(t.length, chunk), seconds, [&](int64_t begin, int64_t end) {
+  const int64_t K = t.num_basis, chunks = ceil_div(t.length, chunk);
+  const auto apply = [&](int64_t j, int64_t first, int64_t n, const A* gradient) {
+    vectors<T>().step(numbers, n, gradient, t.param.at<T>(j, first), t.buffer ? t.buffer.at<T>(j, first) : nullptr);
+  };
+  if (!t.metric_inverse) {
+    parallel_ranges(K * chunks, 1e-10 * double(chunk), [&](int64_t begin, int64_t end) {
+      const Scratch<A> gradient(chunk);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t j = i / chunks, first = i % chunks * chunk, n = std::min(chunk, t.length - first);
+        const T* const row = t.grad.at<T>(j, first);
+        if constexpr (std::is_same_v<T, A>) {
+          apply(j, first, n, row);
+        } else {
+          vectors<T>().widen(n, row, gradient.data());
+          apply(j, first, n, gradient.data());
+        }
+      }
+    });
+    return;
+  }
+  parallel_ranges(chunks, 1e-10 * double(chunk * K * K), [&](int64_t begin, int64_t end) {
     const Scratch<const T*> rows(K);
-    const Scratch<A> c(K);
-    A gradient[chunk];
+    const Scratch<A> c(K), gradient(chunk);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * chunk, n = std::min(chunk, t.length - first);
       for (int64_t k = 0; k < K; ++k) rows[k] = t.grad.at<T>(k, first);
       for (int64_t j = 0; j < K; ++j) {
-        if (t.metric_inverse) {
-          for (int64_t k = 0; k < K; ++k) c[k] = *t.metric_inverse.at<A>(j, k);
-          vectors<T>().mix_wide(n, K, c.data(), rows.data(), gradient);
-        } else {
-          vectors<T>().widen(n, rows[j], gradient);
-        }
-        vectors<T>().step(numbers, n, gradient, t.param.at<T>(j, first), t.buffer ? t.buffer.at<T>(j, first) : nullptr);
+        for (int64_t k = 0; k < K; ++k) c[k] = *t.metric_inverse.at<A>(j, k);
+        vectors<T>().mix_wide(n, K, c.data(), rows.data(), gradient.data());
+        apply(j, first, n, gradient.data());
       }
     }
   });
