@@ -1,5 +1,6 @@
-// Plan expand_gemm of manifold_linear on the CPU, float32 and float64, samples of one row: torch's matrix product of
-// all rows with P as it lies. It comes closer to the machine than tiles do where a layer is large, and starts faster.
+// Plan expand_gemm of manifold_linear on the CPU, float32 and float64, samples of one row without local support:
+// torch's matrix product of all rows with P as it lies. It comes closer to the machine than tiles do where a layer is
+// large, and starts faster.
 //
 // Forward: the products x P_k^T of a block of rows, side by side, mixed row by row.
 // Backward: with C = (c_k g) side by side, dP = C^T x and dx = C P; if dc is asked for, Z = g P_k instead, which yields
@@ -7,11 +8,10 @@
 // Sums: as torch's product takes them, then over k, or blocks of samples, upwards.
 #include <vector>
 
-#include "common/dispatch.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "common/torch_product.h"
 #include "common/vector.h"
-#include "manifold_linear/manifold_linear_cpu_product.h"
 #include "manifold_linear/manifold_linear_plan.h"
 
 namespace neuromod {
@@ -146,18 +146,15 @@ class ExpandGemm {
   const int64_t K_, O_, I_;
 };
 
-template <class F>
-void dispatch_wide(DType dtype, F f) {
-  dtype == DType::float64 ? f(TypeTag<double>{}) : f(TypeTag<float>{});
-}
-
 }  // namespace
 
 void manifold_linear_expand_gemm_forward(const ManifoldLinearParams& p) {
+  if (p.index) return manifold_linear_segment_gemm_forward(p);
   dispatch_wide(p.dtype, [&](auto tag) { ExpandGemm<typename decltype(tag)::type>(p).forward(); });
 }
 
 void manifold_linear_expand_gemm_backward(const ManifoldLinearBackwardParams& q) {
+  if (q.p.index) return manifold_linear_segment_gemm_backward(q);
   dispatch_wide(q.p.dtype, [&](auto tag) { ExpandGemm<typename decltype(tag)::type>(q.p).backward(q); });
 }
 

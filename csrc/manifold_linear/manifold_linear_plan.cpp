@@ -71,7 +71,7 @@ bool possible(const ManifoldLinearParams& p, Pass pass, Plan plan) {
     case Plan::fold_gemm:
       return gemm_is_exact(p, pass);
     case Plan::expand_gemm:  // rounds scaled operands, which half types cannot bear
-      return gemm_is_exact(p, pass) && p.tokens == 1 && !p.index && p.dtype != DType::bfloat16 &&
+      return gemm_is_exact(p, pass) && (p.tokens == 1 || p.index) && p.dtype != DType::bfloat16 &&
              p.dtype != DType::float16;
     default:
       return true;
@@ -85,16 +85,17 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
   const bool backward = pass != Pass::forward, update = pass == Pass::update;
   const double products = pass == Pass::backward ? 2 : 1;
   const double terms = double(p.num_local), samples = double(p.batch), rows = double(p.rows());
-  const double points = std::min(samples * terms, double(p.num_basis));  // basis points that act on any sample
-  double element = points * cost.read;                                   // for each element of a weight
+  const double points = std::min(samples * terms, double(p.num_basis));          // basis points that act on any sample
+  double element = points * cost.read;                                           // for each element of a weight
+  const double segment_calls = p.index ? products * points * cost.call / 4 : 0;  // small products, side by side
   double once = 0;
   switch (plan) {
     case Plan::expand: {
       const double segments = p.index ? std::clamp(samples, 1.0, double(p.num_basis)) : 1;
-      const double multiplied = segments * padded(rows / segments) * terms;
+      const double each = rows / segments, multiplied = segments * (p.index ? each + kAlign / 2 : padded(each)) * terms;
       element += products * multiplied * cost.product + (backward ? points * cost.pack : 0);
       if (update) element += points * cost.read;  // once more, tile by tile
-      once = cost.start / (backward ? 4 : 1);
+      once = cost.start / (backward ? 4 : 1) + segment_calls;
       break;
     }
     case Plan::fold:
@@ -110,6 +111,7 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       break;
     case Plan::expand_gemm:
       element += products * (rows * terms * cost.gemm + points * cost.pack);
+      once = segment_calls;
       break;
   }
   return element * double(p.out_features) * double(p.in_features) + once;

@@ -41,8 +41,10 @@ const char* plan_name(Plan plan);
 void manifold_linear_fold_forward(const ManifoldLinearParams& p, Plan plan);
 void manifold_linear_fold_backward(const ManifoldLinearBackwardParams& q, Plan plan);
 
-// Plan expand_gemm.
+// Plan expand_gemm, and what it is with local support.
 void manifold_linear_expand_gemm_forward(const ManifoldLinearParams& p);
 void manifold_linear_expand_gemm_backward(const ManifoldLinearBackwardParams& q);
+void manifold_linear_segment_gemm_forward(const ManifoldLinearParams& p);
+void manifold_linear_segment_gemm_backward(const ManifoldLinearBackwardParams& q);
 
 }  // namespace neuromod

@@ -55,6 +55,7 @@ class RowOrder {
   const std::vector<Segment>& segments() const { return segments_; }
   /// Whether a position and its row are the same number.
   bool in_place() const { return in_place_; }
+  int64_t row(int64_t position) const { return row_[position]; }
   int64_t position(int64_t row) const { return position_[row]; }
 
   std::vector<RowTile> tiles(int64_t size) const {

@@ -9,6 +9,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/dispatch.h"
+#include "common/parallel.h"
 #include "common/tile_product.h"
 
 // The BLAS that torch is linked to, if its library lets others call it. Small products take less time than tensors that
@@ -70,6 +72,12 @@ bool blas_product(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, 
 
 }  // namespace detail
 
+/// Calls f(TypeTag<T>{}) with a type whose products are as exact as its sums.
+template <class F>
+void dispatch_wide(DType dtype, F f) {
+  dtype == DType::float64 ? f(TypeTag<double>{}) : f(TypeTag<float>{});
+}
+
 /// out = a b, or with `add` out += a b; out is not transposed.
 template <class T>
 void torch_product(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool add) {
@@ -77,6 +85,15 @@ void torch_product(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b,
     if (detail::blas_product(out, a, b, add)) return;
   at::Tensor to = detail::borrowed(out);
   at::cpu::addmm_(to, detail::borrowed(a), detail::borrowed(b), add ? 1 : 0, 1);
+}
+
+/// Runs f(job) for jobs that call torch_product, each on one thread: so that threads are at work if there are any,
+/// there are at least two, since outside of them torch's product would take several threads itself.
+template <class F>
+void parallel_products(int64_t jobs, F f) {
+  parallel_ranges(std::max<int64_t>(jobs, 2), 1.0, [&](int64_t begin, int64_t end) {
+    for (int64_t job = begin; job < std::min(end, jobs); ++job) f(job);
+  });
 }
 
 }  // namespace neuromod
