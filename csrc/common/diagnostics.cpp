@@ -26,7 +26,7 @@ double tile_seconds(const std::string& dtype, int64_t rows, int64_t cols, int64_
     std::fill_n(a.data(), rows * packed, T{});
     std::fill_n(b.data(), packed * cols, T{});
     const auto product = [&] {
-      tile_product<T>(rows, cols, depth, {a.data(), packed}, {b.data(), cols}, c.data(), cols, false);
+      tile_product<T>(rows, cols, packed, {a.data(), packed}, {b.data(), cols}, c.data(), cols, false);
     };
     product();
     const auto start = std::chrono::steady_clock::now();

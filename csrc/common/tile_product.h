@@ -46,10 +46,16 @@ bool interleaved() {
   }
 }
 
-/// Depth of packed operands: even where pairs are interleaved.
+/// The least depth of a product: even where pairs are interleaved.
+template <class T>
+int64_t even_depth(int64_t depth) {
+  return interleaved<T>() ? (depth + 1) / 2 * 2 : depth;
+}
+
+/// Depth of packed operands: AMX takes 32 at a time, and what is left over slowly.
 template <class T>
 int64_t packed_depth(int64_t depth) {
-  return interleaved<T>() ? (depth + 1) / 2 * 2 : depth;
+  return interleaved<T>() && depth > 32 ? ceil_div(depth, 32) * 32 : even_depth<T>(depth);
 }
 
 /// A tile of an operand as tile_product reads it.
@@ -87,13 +93,19 @@ void pack_columns(int64_t count, const T* const* rows, int64_t cols, T* panel) {
   }
 }
 
+/// Zeros for what packed_depth adds to a panel of `depth` packed rows, `stride` long.
+template <class T>
+void complete_panel(int64_t depth, T* panel, int64_t stride) {
+  std::fill(panel + even_depth<T>(depth) * stride, panel + packed_depth<T>(depth) * stride, T{});
+}
+
 /// Each thread calls this when its products are done: oneDNN may hold the core's matrix unit configured.
 template <class T>
 void release_tiles() {
   if constexpr (!std::is_same_v<T, double>) at::native::cpublas::brgemm_release(interleaved<T>());
 }
 
-/// C[rows, cols] (rows of `ldc`) = or += A B, both of packed_depth(depth).
+/// C[rows, cols] (rows of `ldc`) = or += A B, both of even_depth(depth).
 template <class T>
 void tile_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<T> b, acc_t<T>* c, int64_t ldc,
                   bool accumulate) {
@@ -106,7 +118,7 @@ void tile_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<T> 
     vectors<T>().add_product(rows, cols, depth, a.data, a.stride, b.data, b.stride, c, ldc);
   } else {
     using Torch = typename detail::TorchType<T>::type;
-    at::native::cpublas::brgemm(rows, cols, packed_depth<T>(depth), a.stride, b.stride, ldc, accumulate,
+    at::native::cpublas::brgemm(rows, cols, even_depth<T>(depth), a.stride, b.stride, ldc, accumulate,
                                 reinterpret_cast<const Torch*>(a.data), reinterpret_cast<const Torch*>(b.data), c,
                                 interleaved<T>());
   }

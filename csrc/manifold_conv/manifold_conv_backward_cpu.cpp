@@ -144,7 +144,7 @@ class WeightGradient {
     }
   }
   /// Distance of lines: even where pairs of pixels are interleaved.
-  int64_t pitch(int64_t cols) const { return packed_depth<T>(cols); }
+  int64_t pitch(int64_t cols) const { return even_depth<T>(cols); }
 
   /// g^T for a block's pixels and a tile's outputs.
   void pack_grad(const WeightTile& tile, int64_t b, const Block& block, int64_t pitch, T* to) const {

@@ -14,12 +14,6 @@
 namespace neuromod {
 namespace {
 
-/// Depth of a tap's product: AMX takes 32 at a time, and the remainder slowly.
-template <class T>
-int64_t tap_depth(int64_t depth) {
-  return interleaved<T>() && depth > 32 ? ceil_div(depth, 32) * 32 : packed_depth<T>(depth);
-}
-
 /// What distinguishes the correlations: from which array to which, and how P[k] is read. Channels are those of a group.
 struct Form {
   Axes axes;
@@ -40,7 +34,7 @@ class Correlation {
       : p_(p),
         f_(form),
         windows_(form.axes, form.channels, sizeof(T), kLeastDepth),
-        depth_(tap_depth<T>(windows_.depth())),
+        depth_(packed_depth<T>(windows_.depth())),
         weight_(windows_.products() * form.rows * depth_) {
     for (int64_t product = 0; product < windows_.products(); ++product)
       for (int64_t row = 0; row < windows_.channel_rows(); ++row) {

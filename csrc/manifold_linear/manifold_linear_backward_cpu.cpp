@@ -104,7 +104,7 @@ class ExpandBackward {
           for (int64_t w = 0; w < wide; ++w) {
             const Tile<T> basis = packed ? Tile<T>{panels.data() + w * kTile * packed_depth<T>(depth), kTile}
                                          : Tile<T>{p_.basis.at<T>(k, d, (in_tile + w) * kTile), p_.basis.stride[1]};
-            tile_product<T>(height(grad, tile), tile_size(in_tile + w, p_.in_features), depth,
+            tile_product<T>(height(grad, tile), tile_size(in_tile + w, p_.in_features), packed_depth<T>(depth),
                             {grad.data + tile.first * grad.stride + d, grad.stride}, basis,
                             products.data() + (i * wide + w) * area, kTile, d > 0);
           }
@@ -145,6 +145,7 @@ class ExpandBackward {
                         panels + w * kTile * packed_depth<T>(depth) + n * kTile);
       }
     }
+    for (int64_t w = 0; w < wide; ++w) complete_panel(depth, panels + w * kTile * packed_depth<T>(depth), kTile);
   }
 
   /// What the products of a row tile will meet: x for dc, dx to be written.

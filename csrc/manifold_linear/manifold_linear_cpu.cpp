@@ -60,15 +60,16 @@ class Expand {
     const int64_t width = rows_.padded(tile.count);
     rows_.pointers(p_.input, tile.first, width, 0, x.data());
     pack_rows(width, p_.in_features, x.data(), panel, kNarrowTile);
+    complete_panel(p_.in_features, panel, kNarrowTile);
   }
 
-  /// Rows of P as brgemm can read them: in place unless their depth must be made even.
+  /// Rows of P as brgemm can read them: in place unless their depth must be completed.
   Tile<T> weight(int64_t k, int64_t first, int64_t outs, T* copy) const {
     const T* rows = p_.basis.at<T>(k, first);
     if (depth_ == p_.in_features) return {rows, p_.basis.stride[1]};
     for (int64_t o = 0; o < outs; ++o) {
-      std::copy_n(rows + o * p_.basis.stride[1], p_.in_features, copy + o * depth_);
-      copy[o * depth_ + p_.in_features] = T{};
+      T* const end = std::copy_n(rows + o * p_.basis.stride[1], p_.in_features, copy + o * depth_);
+      std::fill(end, copy + (o + 1) * depth_, T{});
     }
     return {copy, depth_};
   }
@@ -87,7 +88,7 @@ class Expand {
         for (int64_t i = 0; i < count; ++i) {
           if (!uses(i)) continue;
           const RowTile& tile = tiles_[first + i];
-          const int64_t width = rows_.padded(tile.count), depth = std::min(kDepth, p_.in_features - d);
+          const int64_t width = rows_.padded(tile.count), depth = packed_depth<T>(std::min(kDepth, p_.in_features - d));
           if (!basis.data) {
             basis = weight(k, out_first, outs, copy.data());
             if (p_.bias) vectors<T>().widen(outs, p_.bias.at<T>(k, out_first), bias);

@@ -10,7 +10,7 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/tile_product.h"
-#include "manifold_linear/manifold_linear_cpu_product.h"
+#include "common/torch_product.h"
 #include "manifold_linear/manifold_linear_plan.h"
 
 namespace neuromod {
@@ -30,14 +30,14 @@ Range part_of(int64_t i, int64_t parts, int64_t total) {
   return {first, std::min(size, total - first)};
 }
 
-/// `count` rows of x or g, n long, as A: in place, or copied where brgemm reads pairs and n is odd.
+/// `count` rows of x or g, n long, as A: in place, or copied where their depth must be completed.
 template <class T>
 Tile<T> left_operand(const View& matrix, int64_t row, int64_t count, int64_t n, T* copy) {
   const int64_t depth = packed_depth<T>(n);
   if (depth == n) return {matrix.at<T>(row), matrix.stride[0]};
   for (int64_t r = 0; r < count; ++r) {
-    std::copy_n(matrix.at<T>(row + r), n, copy + r * depth);
-    copy[r * depth + n] = T{};
+    T* const end = std::copy_n(matrix.at<T>(row + r), n, copy + r * depth);
+    std::fill(end, copy + (r + 1) * depth, T{});
   }
   return {copy, depth};
 }
@@ -51,7 +51,7 @@ void multiply(const View& result, int64_t row, int64_t count, int64_t first, int
   A* to = sum;
   int64_t stride = kTile;
   if constexpr (std::is_same_v<T, A>) to = result.at<A>(row, first), stride = result.stride[0];
-  tile_product<T>(count, cols, depth, a, {b, kTile}, to, stride, false);
+  tile_product<T>(count, cols, packed_depth<T>(depth), a, {b, kTile}, to, stride, false);
   for (int64_t r = 0; r < count; ++r) {
     if (bias) vectors<A>().add(cols, bias, to + r * stride);
     if (to == sum) vectors<T>().narrow(cols, sum + r * kTile, result.at<T>(row + r, first));
@@ -64,15 +64,6 @@ void multiply_block(const View& result, int64_t row, int64_t count, int64_t firs
                     int64_t depth, const Matrix<T>& right, bool add) {
   torch_product(matrix(result.at<T>(row, first), count, cols, result.stride[0]),
                 matrix(left.at<T>(row), count, depth, left.stride[0]), right, add);
-}
-
-/// Jobs of multiply_block. At least two, so that threads are at work if there are any: outside of them torch's product
-/// would take several threads itself.
-template <class F>
-void run_blocks(int64_t jobs, F f) {
-  parallel_ranges(std::max<int64_t>(jobs, 2), 1.0, [&](int64_t begin, int64_t end) {
-    for (int64_t job = begin; job < std::min(end, jobs); ++job) f(job);
-  });
 }
 
 class Fold {
@@ -112,7 +103,7 @@ class FoldForward : Fold {
 
   void run_gemm() const {
     const int64_t depth = packed_depth<T>(p_.in_features), out_blocks = ceil_div(p_.out_features, kGemmBlock);
-    run_blocks(out_blocks * p_.batch * ceil_div(p_.tokens, kTokens), [&](int64_t job) {
+    parallel_products(out_blocks * p_.batch * ceil_div(p_.tokens, kTokens), [&](int64_t job) {
       const int64_t b = job % p_.batch, first = job / p_.batch % out_blocks * kGemmBlock;
       const int64_t t = job / p_.batch / out_blocks * kTokens, row = b * p_.tokens + t;
       const int64_t outs = std::min(kGemmBlock, p_.out_features - first), count = std::min(kTokens, p_.tokens - t);
@@ -147,6 +138,7 @@ class FoldForward : Fold {
     std::array<const T*, kTile> from;
     for (int64_t o = 0; o < outs; ++o) from[o] = rows + o * packed_depth<T>(p_.in_features);
     pack_rows(outs, p_.in_features, from.data(), weight, kTile);
+    complete_panel(p_.in_features, weight, kTile);
   }
 };
 
@@ -202,6 +194,7 @@ class FoldBackward : Fold {
         for (int64_t k = 0; k < p_.num_basis; ++k) {
           for (int64_t o = 0; o < O; ++o) rows[o] = p_.basis.at<T>(k, o, first);
           pack_columns<T>(O, rows.data(), ins, basis.data() + k * panel);
+          complete_panel(O, basis.data() + k * panel, kTile);
         }
         for (int64_t b = samples.first; b < samples.first + samples.count; ++b) {
           for (int64_t l = 0; l < L; ++l) {
@@ -222,7 +215,7 @@ class FoldBackward : Fold {
 
   void input_pass_gemm() const {
     const int64_t O = p_.out_features, L = p_.num_local, in_blocks = ceil_div(p_.in_features, kGemmBlock);
-    run_blocks(in_blocks * p_.batch * ceil_div(p_.tokens, kTokens), [&](int64_t job) {
+    parallel_products(in_blocks * p_.batch * ceil_div(p_.tokens, kTokens), [&](int64_t job) {
       const int64_t b = job % p_.batch, first = job / p_.batch % in_blocks * kGemmBlock;
       const int64_t t = job / p_.batch / in_blocks * kTokens;
       const int64_t ins = std::min(kGemmBlock, p_.in_features - first), count = std::min(kTokens, p_.tokens - t);
@@ -324,11 +317,13 @@ class FoldBackward : Fold {
       if (interleaved<T>()) {
         for (int64_t r = 0; r < count; ++r) rows[r] = p_.input.at<T>(row + r, block.first_in + i);
         pack_columns<T>(count, rows.data(), cols, panel.data());
+        complete_panel(count, panel.data(), kTile);
         x = {panel.data(), kTile};
       }
       for (int64_t o = 0; o < block.outs; o += kTile, sums += kArea) {
         const int64_t outs = std::min(kTile, block.outs - o);
-        tile_product<T>(outs, cols, count, {&left[o * stride], stride}, x, product.data(), kTile, false);
+        tile_product<T>(outs, cols, packed_depth<T>(count), {&left[o * stride], stride}, x, product.data(), kTile,
+                        false);
         for (int64_t l = 0; l < p_.num_local; ++l) {
           const int64_t k = p_.basis_point(b, l);
           if (q_.grad_basis)
@@ -353,7 +348,7 @@ class FoldBackward : Fold {
         vectors<T>().transpose_wide(count, outs, rows, wide.data(), stride);
         for (int64_t i = 0; i < outs; ++i) {
           vectors<T>().narrow(count, &wide[i * stride], left + (o + i) * stride);
-          left[(o + i) * stride + count] = T{};  // completes an odd depth
+          std::fill_n(left + (o + i) * stride + count, packed_depth<T>(count) - count, T{});
         }
       }
     } else {
