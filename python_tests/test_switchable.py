@@ -8,8 +8,6 @@ import pytest
 import torch
 from bounds import UNIT
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import neuromod_ext as nm
@@ -22,7 +20,6 @@ from neuromod_ext.nn.switch import (
     Orthogonal,
     Switchable,
     layout,
-    tied,
 )
 
 
@@ -396,59 +393,3 @@ def test_points_by_layer_are_those_of_the_whole() -> None:
         switch(x, given).square().sum().backward()
     for p, q in zip(by_layer.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
-
-
-@pytest.mark.parametrize("given", [[0, 1, 2, 1, 0, 2, 2], [2] * 7, [1, 0, 0, 0, 1, 1, 1]])
-@pytest.mark.parametrize("model", ["linear", "tokens", "conv", "gru"])
-def test_sorted_samples_yield_the_same(model: str, given: list[int], monkeypatch) -> None:
-    """Values, gradients and tangents; sorting, which small layers do without, changes nothing."""
-    x: Tensor = torch.randn(7, 5, 6).double()
-    net: nn.Module = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3, bias=False)).double()
-    if model == "conv":
-        net = nn.Sequential(nn.Conv1d(5, 4, 3, 2, 2, padding_mode="circular"), nn.Conv1d(4, 2, 2))
-    elif model == "gru":
-        net = nn.GRU(6, 4, batch_first=True)
-    elif model == "linear":
-        x = x[:, 0].clone()
-    at = layout(net.double())
-    modulators = [Dense.random(at.num_weights, seed) for seed in (1, 2)]
-    shift = torch.randn(2, at.num_biases)
-    switch = Switchable(net, *modulators, shift=shift)
-    states, found = torch.tensor(given), []
-    for least in (10**9, 0):
-        monkeypatch.setattr(tied, "WORTH_SORTING", least)
-        inputs = [x.requires_grad_(), *switch.parameters()]
-        y = switch(x, states)
-        y = y[0] if model == "gru" else y
-        grads = torch.autograd.grad(y.square().sum(), inputs)
-        with forward_ad.dual_level():
-            out = switch(forward_ad.make_dual(x.detach(), torch.ones_like(x)), states)
-            tangent = forward_ad.unpack_dual(out[0] if model == "gru" else out).tangent
-        found.append((y, tangent, *grads))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_frozen_weights_are_mapped_once() -> None:
-    switch, x, states = switchable(cnn().eval()), data(), torch.tensor([0, 1, 1, 0, 1, 0, 0])
-    want, maps = switch(x, states), []
-    switch.modulators[0].register_forward_hook(lambda *_: maps.append(1))
-    with switch.frozen() as frozen:
-        for _ in range(3):
-            got = frozen(x, states)
-        weights = [slot.of(switch.module) for slot in switch.layout.weights]
-        assert torch.autograd.grad(got.sum(), weights, allow_unused=True) == (None,) * 3
-        torch.testing.assert_close(got, want)
-        assert len(maps) == 1
-        others = {f"module.{s.path}": s.of(switch.module) + 1 for s in switch.layout.weights}
-        changed = pytest.raises(RuntimeError, match="parameters that stay as they are while frozen")
-        with changed:
-            functional_call(switch, others, (x, states))
-        with pytest.raises(RuntimeError, match="no conversion while frozen"):
-            switch.float()
-        with torch.no_grad():
-            next(switch.parameters()).mul_(2)
-        with changed:
-            switch(x, states)
-    torch.testing.assert_close(switch(x, states), switch(x, states.double()))
-    assert len(maps) > 1

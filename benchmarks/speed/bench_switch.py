@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 
@@ -146,11 +147,13 @@ def mixed(samples: int, widths: tuple[int, ...], frozen: bool, device: torch.dev
     work = 2 * samples * sum(w.numel() for w in weights)
     moved = 4 * (samples * sum(widths) + 2 * sum(w.numel() for w in weights))
 
+    block = ExitStack()
     if frozen:
-        model.frozen().__enter__()  # as long as there is the model
+        block.enter_context(model.frozen())
 
     def ours(input: Tensor, state: Tensor, **given: Tensor) -> Result:
         if frozen:
+            assert block  # which is open as long as there is this function
             return model(input, state)
         parameters = dict(zip((f"module.{n}" for n in names), given.values(), strict=True))
         return functional_call(model, parameters, (input, state))

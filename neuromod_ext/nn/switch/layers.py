@@ -1,4 +1,4 @@
-"""Which of torch's layers have a tied counterpart."""
+"""Which of torch's layers have a tied counterpart, and which treat samples one by one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,33 @@ TIED: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTM: TiedLSTM,
 }
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {tied: plain for plain, tied in TIED.items()}
+
+
+# By exact class, too: what they make of a sample does not depend on the others in the batch.
+_ALWAYS: set[type[nn.Module]] = {
+    nn.Sequential, nn.Identity, TiedLinear, TiedConv1d, TiedConv2d, TiedConv3d,
+    nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Softplus,
+    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+}  # fmt: skip
+_EVALUATED: set[type[nn.Module]] = {
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, nn.Dropout1d, nn.Dropout2d,
+}  # fmt: skip
+
+
+def separable(model: nn.Module) -> bool:
+    """Whether a model surely treats the samples of a batch one by one, and nobody looks on."""
+    return type(model) in _ALWAYS and all(map(_one_by_one, model.modules()))
+
+
+def _one_by_one(module: nn.Module) -> bool:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return False
+    if module._backward_pre_hooks:
+        return False
+    kind = type(module)
+    if kind in _EVALUATED:
+        return not module.training
+    return kind in _ALWAYS or (isinstance(module, nn.Flatten) and module.start_dim == 1)
 
 
 def retyped(model: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:

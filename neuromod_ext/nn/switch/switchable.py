@@ -15,7 +15,7 @@ from neuromod_ext import functional
 from neuromod_ext._ambient import restored
 from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext.nn.switch.inplace import Part, layer_blocks, parts
-from neuromod_ext.nn.switch.layers import PLAIN, TIED, retyped
+from neuromod_ext.nn.switch.layers import PLAIN, TIED, retyped, separable
 from neuromod_ext.nn.switch.layout import flattened, layout
 from neuromod_ext.nn.switch.modulator import Modulator
 from neuromod_ext.nn.switch.states import State, coefficients
@@ -123,10 +123,17 @@ class Switchable(nn.Module):
         coeff, states = self.coefficients(state)
         points = self._points() if self._frozen is None else self._frozen_points()
         groups = None if states is None else Groups.of(states, len(self.modulators) + 1)
-        try:
+
+        def call(alone: int | None, input: Any) -> Any:
             for path, layer in named:
-                layer.ambient = Ambient(points[path], coeff, states, groups)
+                layer.ambient = Ambient(points[path], coeff, states, groups, alone)
             return self.module(input, *args, **kwargs)
+
+        try:
+            work = self.layout.num_weights
+            if groups is not None and groups.serve(input, work) and separable(self.module):
+                return groups.each(call, input)
+            return call(None, input)
         finally:
             for layer in layers:
                 layer.ambient = None

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from neuromod_ext import functional
 from neuromod_ext._transforms import transform_active
 
-WORTH_SORTING = 2**20  # multiplications of a layer: sorting its samples takes some 20 us
+WORTH_SORTING = 2**19  # multiplications of a state's samples: to sort them takes some 10 us
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,21 @@ class Groups:
         order = states.argsort(stable=True)
         return cls(order, order.argsort(), counts)
 
+    def serve(self, input: Any, work: int) -> bool:
+        """Whether they are an input's samples, and worth sorting: so many products a sample."""
+        if not isinstance(input, Tensor) or input.shape[:1] != self.order.shape:
+            return False
+        present = sum(map(bool, self.counts))
+        return len(self.order) * work >= WORTH_SORTING * present
+
+    def each(self, function: Callable[[int, Tensor], Tensor], input: Tensor) -> Tensor:
+        """``function(k, x)`` for the samples x of each state k; results in the batch's order."""
+        present = [k for k, count in enumerate(self.counts) if count]
+        if len(present) == 1:
+            return function(present[0], input)
+        inputs = input.index_select(0, self.order).split(self.counts)
+        return torch.cat([function(k, inputs[k]) for k in present]).index_select(0, self.back)
+
 
 @dataclass(frozen=True)
 class Ambient:
@@ -55,12 +70,14 @@ class Ambient:
         coeff: c, [B, K], or [K] for one condition.
         states: [B], where c picks one state for each sample; then only that is computed.
         groups: The same samples sorted, if they can be.
+        alone: The one state of all samples of this call, if it is known.
     """
 
     points: dict[str, tuple[Tensor, ...]]
     coeff: Tensor
     states: Tensor | None
     groups: Groups | None
+    alone: int | None = None
 
     def basis(self, name: str) -> Tensor | None:
         """A parameter in every state, [K, ...]; None if the layer has none of that name."""
@@ -79,27 +96,25 @@ class Ambient:
         return functional.manifold_linear_local(input, basis, self.states, ones, shift)
 
     def sorts(self, input: Tensor, work: int) -> bool:
-        """Whether the samples are to be sorted for a layer of so many multiplications a sample."""
-        if self.groups is None or input.shape[0] != len(self.groups.order):
-            return False
-        return input.shape[0] * work >= WORTH_SORTING
+        """Whether :meth:`by_state` serves a layer of so many multiplications a sample best."""
+        if self.alone is not None:
+            return True
+        return self.groups is not None and self.groups.serve(input, work)
 
     def by_state(
         self, function: Callable[..., Tensor], input: Tensor, weight: str, bias: str
     ) -> Tensor:
         """A function of input, weight and bias, called for the samples of each state at once."""
-        groups = self.groups
-        assert groups is not None
-        shifts = self.points.get(bias, (None,) * len(groups.counts))
-        each = list(zip(groups.counts, self.points[weight], shifts, strict=True))
-        alone = [(w, b) for count, w, b in each if count == len(groups.order)]
-        if alone:
-            return function(input, *alone[0])
-        inputs = input.index_select(0, groups.order).split(groups.counts)
-        outputs = [
-            function(x, w, b) for x, (count, w, b) in zip(inputs, each, strict=True) if count
-        ]
-        return torch.cat(outputs).index_select(0, groups.back)
+        weights = self.points[weight]
+        shifts = self.points.get(bias, (None,) * len(weights))
+
+        def in_state(k: int, x: Tensor) -> Tensor:
+            return function(x, weights[k], shifts[k])
+
+        if self.alone is not None:
+            return in_state(self.alone, input)
+        assert self.groups is not None
+        return self.groups.each(in_state, input)
 
 
 class Tied(nn.Module):
