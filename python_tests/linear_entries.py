@@ -144,7 +144,8 @@ class Form:
         if self._folds():
             weight = self._einsum("bk,W->boi", self.c, self.P) + self.at.tiny
             return einsum("bto,boi->bti", self.g, weight)
-        if self.plan == "stream" or (self.plan == "expand_gemm" and not self.with_coeff):
+        scaled = self.plan == "expand_gemm" and not self.with_coeff and self.points is None
+        if self.plan == "stream" or scaled:
             return self._einsum("btko,W->bti", einsum("bk,bto->btko", self.c, self.g), self.P)
         z = self._einsum("bto,W->btki", self.g, self.P)
         return einsum("btki,bk->bti", z, self.c)
