@@ -21,6 +21,8 @@ class ExpandBackward {
   static constexpr int64_t kBlock = 16;   // row tiles that see a packed tile of P
   static constexpr int64_t kDepth = 256;  // rows of P packed at a time
   static constexpr int64_t kPackedBytes = int64_t(8) << 20;
+  static constexpr int64_t kWide = std::is_same_v<T, A> ? 1 : 8;  // tiles of sums: dP is written in long pieces
+  static constexpr int64_t kSumStride = kWide * kTile + 16;       // of their rows, off powers of two
 
  public:
   explicit ExpandBackward(const ManifoldLinearBackwardParams& q)
@@ -221,7 +223,7 @@ class ExpandBackward {
 
   void expanded_outer(int64_t out_tile, int64_t first, int64_t count, const T* x) const {
     const int64_t outs = tile_size(out_tile, p_.out_features), positions = rows_.positions(), K = p_.num_basis;
-    const Scratch<A> grad(kTile * stride()), c(positions), sum(kTile * kTile), bias(K * kTile);
+    const Scratch<A> grad(kTile * stride()), c(positions), sum(kTile * kSumStride), bias(K * kTile);
     const Scratch<T> scaled(kTile * stride());
     std::fill_n(bias.data(), K * kTile, A(0));
     for (int64_t start = 0; start < positions; start += stretch()) {
@@ -235,26 +237,29 @@ class ExpandBackward {
             if (q_.grad_bias && first == 0) bias[k * kTile + o] += vectors<A>().dot(end - begin, &c[begin], g);
           }
         }
-        for (int64_t i = 0; i < count && q_.grad_basis; ++i) {
-          const int64_t in_tile = first + i, ins = tile_size(in_tile, p_.in_features);
-          // Where sums have the type of dP, they are taken in its place.
-          A* c_tile = sum.data();
-          int64_t ldc = kTile;
-          bool add = false;
-          if constexpr (std::is_same_v<T, A>) {
-            c_tile = q_.grad_basis.at<A>(k, out_tile * kTile, in_tile * kTile);
-            ldc = q_.grad_basis.stride[1];
-            add = q_.accumulate || start > 0;
+        for (int64_t i = 0; i < count && q_.grad_basis; i += kWide) {
+          const int64_t tiles = std::min(kWide, count - i);
+          for (int64_t w = 0; w < tiles; ++w) {
+            const int64_t in_tile = first + i + w, ins = tile_size(in_tile, p_.in_features);
+            // Where sums have the type of dP, they are taken in its place.
+            A* c_tile = &sum[w * kTile];
+            int64_t ldc = kSumStride;
+            bool add = false;
+            if constexpr (std::is_same_v<T, A>) {
+              c_tile = q_.grad_basis.at<A>(k, out_tile * kTile, in_tile * kTile);
+              ldc = q_.grad_basis.stride[1];
+              add = q_.accumulate || start > 0;
+            }
+            if (ranges.empty() && !add)
+              for (int64_t o = 0; o < outs; ++o) std::fill_n(c_tile + o * ldc, ins, A(0));
+            prefetch_basis(k, out_tile, in_tile);
+            for (const auto& [begin, end] : ranges) {
+              tile_product<T>(outs, ins, end - begin, {&scaled[begin - start], stride()},
+                              {x + ((i + w) * positions + begin) * kTile, kTile}, c_tile, ldc, add);
+              add = true;
+            }
           }
-          if (ranges.empty() && !add)
-            for (int64_t o = 0; o < outs; ++o) std::fill_n(c_tile + o * ldc, ins, A(0));
-          prefetch_basis(k, out_tile, in_tile);
-          for (const auto& [begin, end] : ranges) {
-            tile_product<T>(outs, ins, end - begin, {&scaled[begin - start], stride()},
-                            {x + (i * positions + begin) * kTile, kTile}, c_tile, ldc, add);
-            add = true;
-          }
-          if (c_tile == sum.data()) store_basis(k, out_tile, in_tile, sum.data());
+          if constexpr (!std::is_same_v<T, A>) store_basis(k, out_tile, first + i, tiles, sum.data());
         }
       }
     }
@@ -289,14 +294,14 @@ class ExpandBackward {
     prefetch(rows.data(), outs, tile_size(in_tile, p_.in_features));
   }
 
-  void store_basis(int64_t k, int64_t out_tile, int64_t in_tile, const A* sum) const {
-    const int64_t ins = tile_size(in_tile, p_.in_features);
+  void store_basis(int64_t k, int64_t out_tile, int64_t in_tile, int64_t tiles, const A* sum) const {
+    const int64_t cols = std::min(tiles * kTile, p_.in_features - in_tile * kTile);
     for (int64_t o = 0; o < tile_size(out_tile, p_.out_features); ++o) {
       T* to = q_.grad_basis.at<T>(k, out_tile * kTile + o, in_tile * kTile);
       if (q_.accumulate) {
-        vectors<T>().add(ins, sum + o * kTile, to);
+        vectors<T>().add(cols, sum + o * kSumStride, to);
       } else {
-        vectors<T>().narrow(ins, sum + o * kTile, to);
+        vectors<T>().narrow(cols, sum + o * kSumStride, to);
       }
     }
   }
