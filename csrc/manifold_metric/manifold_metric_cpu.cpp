@@ -1,42 +1,65 @@
-// manifold_metric on the CPU: fixed chunks of conditions are widened to float64, multiplied by the BLAS, and folded in
-// order, so the result does not depend on the number of threads.
+// manifold_metric on the CPU: fixed chunks of conditions are turned over, widened to float64, multiplied row by row,
+// and folded in order, so the result does not depend on the number of threads.
+#include "common/dispatch.h"
+#include "common/parallel.h"
 #include "common/scratch.h"
-#include "common/torch_product.h"
+#include "common/vector.h"
 #include "manifold_metric/manifold_metric.h"
 
 namespace neuromod {
 namespace {
 
-/// to[n][k] = coeff[first + n][k]
+constexpr int64_t kChunk = 512;
+constexpr int64_t kStride = kChunk + 16;  // of rows: off powers of two, at which they fall into the same lines
+
+/// to[k][n] = c[first + n][k]
 template <class T>
-void widen(const View& coeff, int64_t first, int64_t count, int64_t K, double* to) {
-  if (coeff.stride[1] == 1 && coeff.stride[0] == K) {
-    const T* const from = coeff.at<T>(first);
-    for (int64_t i = 0; i < count * K; ++i) to[i] = double(from[i]);
+void turn_over(const View& coeff, int64_t first, int64_t count, int64_t K, double* to) {
+  const Scratch<T> turned(K * kStride);
+  if (coeff.stride[1] == 1) {
+    const T* rows[kChunk];
+    for (int64_t n = 0; n < count; ++n) rows[n] = coeff.at<T>(first + n);
+    vectors<T>().transpose(count, K, rows, turned.data(), kStride);
   } else {
-    for (int64_t n = 0; n < count; ++n)
-      for (int64_t k = 0; k < K; ++k) to[n * K + k] = double(*coeff.at<T>(first + n, k));
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t n = 0; n < count; ++n) turned[k * kStride + n] = *coeff.at<T>(first + n, k);
+  }
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t n = 0; n < count; ++n) to[k * kStride + n] = double(turned[k * kStride + n]);
+}
+
+/// sum[j][k] = sum_n w_n c_n,j c_n,k over the conditions from `first` on, k <= j.
+template <class T>
+void chunk_product(const ManifoldMetricParams& p, int64_t first, double* sum) {
+  const int64_t K = p.num_basis, count = std::min(kChunk, p.count - first);
+  const Scratch<double> c(K * kStride), weight(kChunk), weighted(kChunk);
+  turn_over<T>(p.coeff, first, count, K, c.data());
+  for (int64_t n = 0; n < count && p.weight; ++n) weight[n] = double(*p.weight.at<T>(first + n));
+  for (int64_t j = 0; j < K; ++j) {
+    const double* left = &c[j * kStride];
+    if (p.weight) {
+      for (int64_t n = 0; n < count; ++n) weighted[n] = weight[n] * left[n];
+      left = weighted.data();
+    }
+    constexpr int64_t many = 8;
+    for (int64_t k = 0; k <= j; k += many) {
+      const int64_t found = std::min(many, j + 1 - k);
+      const double* rows[many];
+      for (int64_t i = 0; i < found; ++i) rows[i] = &c[(k + i) * kStride];
+      vectors<double>().dots(count, found, rows, left, sum + j * K + k);
+    }
   }
 }
 
 }  // namespace
 
 void manifold_metric_cpu(const ManifoldMetricParams& p) {
-  dispatch_wide(p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    constexpr int64_t chunk = 1024;
-    const int64_t K = p.num_basis, chunks = ceil_div(p.count, chunk);
+  dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
+    using T = acc_t<typename decltype(tag)::type>;
+    const int64_t K = p.num_basis, chunks = ceil_div(p.count, kChunk);
     const Scratch<double> partial(std::max<int64_t>(chunks, 1) * K * K);
-    parallel_products(chunks, [&](int64_t i) {
-      const int64_t first = i * chunk, count = std::min(chunk, p.count - first);
-      const Scratch<double> rows(K * count), weighted(p.weight ? K * count : 0);
-      widen<T>(p.coeff, first, count, K, rows.data());
-      for (int64_t n = 0; n < count && p.weight; ++n)
-        for (int64_t k = 0; k < K; ++k) weighted[n * K + k] = double(*p.weight.at<T>(first + n)) * rows[n * K + k];
-      const Matrix<double> right = matrix(rows.data(), count, K, K);
-      torch_product(matrix(partial.data() + i * K * K, K, K, K),
-                    p.weight ? matrix(weighted.data(), count, K, K).t() : right.t(), right, false);
-    });
+    parallel(chunks, 1e-10 * double(kChunk * K * (K + 16)),
+             [&](int64_t i) { chunk_product<T>(p, i * kChunk, partial.data() + i * K * K); });
     const double scale = p.weight ? 1.0 : 1.0 / static_cast<double>(p.count);
     for (int64_t j = 0; j < K; ++j) {
       for (int64_t k = 0; k <= j; ++k) {
