@@ -31,6 +31,7 @@ KINDS = {
     "Dense": lambda: Dense.random(N, 1),
     "Orthogonal": lambda: Orthogonal.random(N, 2),
     "Diagonal": lambda: Diagonal.random(N, 3),
+    "Diagonal in rows": lambda: Diagonal.per_neuron((N // 4, 2, 2), 3),
     "Kronecker": lambda: Kronecker.random(4, 6, seed=4),
     "Kronecker of three": lambda: Kronecker.random(2, 3, 4, seed=5),
     "ScaledPermutation": lambda: ScaledPermutation.random(N, 6),
@@ -173,9 +174,12 @@ def test_kronecker_is_a_w_b_transposed() -> None:
 
 
 def test_per_neuron_gains_are_equal_within_a_neuron() -> None:
-    gain = Diagonal.per_neuron((3, 2, 5), 0).gain.view(3, 10)
-    assert (gain == gain[:, :1]).all()
-    assert gain[:, 0].unique().numel() == 3
+    m = Diagonal.per_neuron((3, 2, 5), 0)
+    gain = m(torch.ones(30).double()).view(3, 10)
+    assert torch.equal(gain, m.gain.unsqueeze(1).expand(3, 10))
+    assert m.gain.unique().numel() == 3
+    with pytest.raises(ValueError, match="at least one weight in a row, got row = 0"):
+        Diagonal(m.gain, row=0)
 
 
 def test_powers_of_two_switch_exactly() -> None:

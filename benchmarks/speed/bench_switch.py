@@ -138,9 +138,7 @@ def mixed(samples: int, widths: tuple[int, ...], frozen: bool, device: torch.dev
     at = layout(net)
     blocks = {s.path: Diagonal.per_neuron(s.shape, i) for i, s in enumerate(at.weights)}
     model = Switchable(net, at.per_layer(lambda path, shape: blocks[path])).to(device)
-    gains = [
-        b.gain.view(w.shape)[:, :1].float() for b, w in zip(blocks.values(), weights, strict=True)
-    ]
+    gains = [b.gain.unsqueeze(1).float() for b in blocks.values()]
     state = (draw.turns(samples) < 0.5).long()
     operands = {"input": draw.normal(samples, widths[0]), "state": state}
     operands |= {f"w{i}": w for i, w in enumerate(weights)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -20,25 +20,29 @@ def gains(n: int, seed: Seeded, low: float, high: float) -> Tensor:
 
 
 class Diagonal(Modulator):
-    r"""A gain for each weight.
+    r"""A gain for each weight, or for so many weights in a row.
 
-    .. math:: w'_i = g_i w_i
+    .. math:: w'_i = g_{\lfloor i / r \rfloor} w_i
 
     Args:
-        gain: g, [n], none of them 0.
+        gain: g, [n / r], none of them 0.
         seed: Where it comes from, for the record.
+        row: r.
 
     Raises:
         TypeError: Not a floating-point tensor.
-        ValueError: Not [n], not finite, or a condition number above
-            ``condition_limit(torch.float64)``.
+        ValueError: Not a vector, not finite, a condition number above
+            ``condition_limit(torch.float64)``, or r < 1.
     """
 
     gain: Tensor
     _wide = False
 
-    def __init__(self, gain: Tensor, seed: int | None = None) -> None:
-        super().__init__(max(1, gain.numel() if isinstance(gain, Tensor) else 1), seed)
+    def __init__(self, gain: Tensor, seed: int | None = None, row: int = 1) -> None:
+        if row < 1:
+            raise ValueError(f"Diagonal: expected at least one weight in a row, got row = {row}")
+        super().__init__(max(1, gain.numel() * row if isinstance(gain, Tensor) else 1), seed)
+        self.row = row
         self.register_buffer("gain", self._finite("gain", gain, 1))
         self._derive()
 
@@ -60,24 +64,30 @@ class Diagonal(Modulator):
             high: The largest.
         """
         weights = torch.Size(shape[1:]).numel()
-        return cls(gains(shape[0], Seeded(seed), low, high).repeat_interleave(weights), seed)
+        return cls(gains(shape[0], Seeded(seed), low, high), seed, weights)
 
     def _derive(self) -> None:
         self.check(torch.float64)
 
+    def _by_rows(self, operation: Callable[[Tensor, Tensor], Tensor], w: Tensor) -> Tensor:
+        gain = self.gain.to(w.dtype)
+        if self.row == 1:
+            return operation(w, gain)
+        return operation(w.unflatten(-1, (-1, self.row)), gain.unsqueeze(-1)).flatten(-2)
+
     def _map(self, w: Tensor) -> Tensor:
-        return w * self.gain.to(w.dtype)
+        return self._by_rows(torch.mul, w)
 
     _transpose = _map
 
     def _inverse(self, w: Tensor) -> Tensor:
-        return w / self.gain.to(w.dtype)
+        return self._by_rows(torch.div, w)
 
     def _map_(self, w: Tensor) -> Tensor:
-        return w.mul_(self.gain.to(w.dtype))
+        return self._by_rows(Tensor.mul_, w)
 
     def _inverse_(self, w: Tensor) -> Tensor:
-        return w.div_(self.gain.to(w.dtype))
+        return self._by_rows(Tensor.div_, w)
 
     def singular_range(self) -> tuple[float, float]:
         """The extreme magnitudes of the gains."""
