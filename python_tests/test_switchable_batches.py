@@ -55,6 +55,7 @@ def test_which_models_take_samples_one_by_one() -> None:
     assert not separable(plain.train()), "batch normalisation"
     for last in (nn.Softmax(0), nn.GRU(3, 2), nn.Flatten(0)):
         assert not separable(nn.Sequential(plain.eval(), last))
+    assert not separable(nn.Sequential(plain, nn.BatchNorm1d(3, track_running_stats=False).eval()))
     plain[2].register_forward_pre_hook(lambda net, inputs: None)
     assert not separable(plain)
 

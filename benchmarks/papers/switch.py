@@ -230,6 +230,7 @@ class SwitchedGates:
                     losses = torch.cat([c.losses[:, :, 0].flatten() for c in cycles])
                     drawn[f"period {period}"] = {
                         "path": plane[len(everything) :],
+                        "states": torch.arange(len(path)) // period % 2,
                         "losses": losses[:PATH],
                         "peaks": numbers["peak_after_switch"]["median_by_cycle"],
                         "success": numbers["success_by_cycle"],

@@ -75,8 +75,9 @@ def plot_co_optimisation(
 
     Args:
         runs: By name (a period, say), one row each, of: ``path``, [T, 2], of one run in the plane
-            of ``clusters``; ``losses``, [T], its loss; ``peaks``, [cycles, states], the
-            median loss after a switch; ``success``, [cycles], the share of runs right on both.
+            of ``clusters``; ``states``, [T], in which of two it was there; ``losses``, [T], its
+            loss; ``peaks``, [cycles, states], the median loss after a switch; ``success``,
+            [cycles], the share of runs right on both. Of the switches, a few are drawn.
         clusters: Networks trained for one task only, [N, 2], by task.
         tasks: Their names, by state.
         title: Stands above the figure.
@@ -90,7 +91,7 @@ def plot_co_optimisation(
     figure = empty(13, 2.8 * len(runs), title)
     grid: Any = figure.subplots(len(runs), 4, squeeze=False)
     for (name, run), row in zip(runs.items(), grid, strict=True):
-        _path(row[0], np.asarray(run["path"]), clusters)
+        _path(row[0], np.asarray(run["path"]), np.asarray(run["states"]), clusters)
         row[0].set_title(name, fontsize=10, loc="left")
         row[1].plot(np.asarray(run["losses"]), color="0.3", linewidth=0.6)
         row[1].set(xlabel="epoch", ylabel="loss, one run")
@@ -166,12 +167,21 @@ def plot_accuracy_by_size(
     return figure
 
 
-def _path(axes: Axes, path: NDArray[np.float64], clusters: Clusters) -> None:
+def _path(
+    axes: Axes, path: NDArray[np.float64], states: NDArray[np.int64], clusters: Clusters
+) -> None:
     for (task, points), style in zip(clusters.items(), STYLES, strict=False):
         x, y = np.asarray(points).T
-        axes.scatter(x, y, s=5, alpha=0.5, label=task, color=style["color"])
-    axes.plot(*path.T, color="black", linewidth=0.7)
+        axes.scatter(x, y, s=5, alpha=0.35, label=task, color=style["color"])
+    switches = np.flatnonzero(np.diff(states))
+    few = np.linspace(0, len(switches) - 1, min(16, len(switches))).astype(int)
+    for i in switches[few]:
+        axes.plot(*path[i : i + 2].T, color="0.6", linewidth=0.5)
+    for state, color in enumerate(("black", "firebrick")):
+        own = path[states == state]
+        if len(own):
+            axes.plot(*own.T, color=color, linewidth=1.2, label=f"path, state {state}")
+            axes.plot(*own[-1], "o", color=color, markersize=4)
     axes.plot(*path[0], "o", color="black", markersize=4, fillstyle="none")
-    axes.plot(*path[-1], "o", color="black", markersize=4)
     axes.set(xlabel="PC 1", ylabel="PC 2")
     axes.legend(fontsize=7, frameon=False)

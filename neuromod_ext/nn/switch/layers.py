@@ -43,9 +43,9 @@ def _one_by_one(module: nn.Module) -> bool:
     if module._backward_pre_hooks:
         return False
     kind = type(module)
-    if kind in _EVALUATED:
-        return not module.training
-    return kind in _ALWAYS or (isinstance(module, nn.Flatten) and module.start_dim == 1)
+    if kind in _EVALUATED:  # without running statistics, a batch's are taken in evaluation, too
+        return not module.training and getattr(module, "running_mean", kind) is not None
+    return kind in _ALWAYS or (type(module) is nn.Flatten and module.start_dim == 1)
 
 
 def retyped(model: nn.Module, table: Mapping[type[nn.Module], type[nn.Module]]) -> nn.Module:
