@@ -108,7 +108,7 @@ def shorten(demangled: str) -> str:
     """``void neuromod::(anonymous namespace)::f<float, 4>(Params)`` is ``f<float32, 4>``."""
     name = demangled.replace("(anonymous namespace)::", "").replace("neuromod::", "")
     name = re.sub(r"\((?:int|long|bool)\)", "", name.removeprefix("void "))
-    name = name[: name.rindex(">") + 1] if ">(" in name else name.partition("(")[0]
+    name = name.partition(">(")[0] + ">" if ">(" in name else name.partition("(")[0]
     return re.sub(r"\w+", lambda word: TYPES.get(word[0], word[0]), name)
 
 

@@ -56,6 +56,11 @@ def test_the_table(compiled, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| kernels.cu | `h` | 8 | 0 | 0 | 0 |" in (kernels.RESULTS / "kernels.md").read_text()
 
 
+def test_names_leave_parameters_out() -> None:
+    f = "void neuromod::(anonymous namespace)::f<float>(neuromod::Pass<float>)"
+    assert kernels.shorten(f) == "f<float32>"
+
+
 def test_what_differs_between_architectures_is_shown_for_each() -> None:
     one = kernels.Usage("a.cu", "f", "80", 40, 16, 0, 0)
     text = kernels.markdown([one, kernels.replace(one, arch="90a", registers=42)], "nvcc 1")
