@@ -184,4 +184,4 @@ def _path(
             axes.plot(*own[-1], "o", color=color, markersize=4)
     axes.plot(*path[0], "o", color="black", markersize=4, fillstyle="none")
     axes.set(xlabel="PC 1", ylabel="PC 2")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, loc="lower right", framealpha=0.85, edgecolor="none")
