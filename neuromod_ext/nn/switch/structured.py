@@ -27,7 +27,7 @@ class Diagonal(Modulator):
     Args:
         gain: g, [n / r], none of them 0.
         seed: Where it comes from, for the record.
-        row: r.
+        row: r, how many weights in a row share a gain.
 
     Raises:
         TypeError: Not a floating-point tensor.
