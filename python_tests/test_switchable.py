@@ -161,11 +161,13 @@ class Running:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["states", "doses"])
-def test_a_mixed_batch_is_within_derived_bounds(dtype: torch.dtype, kind: str) -> None:
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_mixed_batch_is_within_derived_bounds(dtype: torch.dtype, kind: str, rows: bool) -> None:
     model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5)).to(dtype)
     at = layout(model)
     shift = torch.randn(at.num_biases).to(dtype)
-    switch = Switchable(model, Diagonal.random(at.num_weights, 1), shift=shift)
+    each = at.per_layer(lambda path, shape: Diagonal.per_neuron(shape, len(shape)))
+    switch = Switchable(model, each if rows else Diagonal.random(at.num_weights, 1), shift=shift)
     x = torch.randn(64, 40).to(dtype)
     given = torch.randint(0, 2, (64,)) if kind == "states" else torch.rand(64)
     got = switch(x, given).double()

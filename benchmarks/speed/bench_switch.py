@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
@@ -120,25 +120,30 @@ def mixed_batch(dtype: torch.dtype, quick: bool) -> Iterator[Group]:
         return
     for widths in ((6, 5, 3),) if quick else WIDTHS:
         shape = {"B": 9 if quick else SAMPLES, "I": widths[0], "H": widths[1], "O": widths[-1]}
-        for frozen in (True, False):
-            goals = {FORWARD: GOAL} if frozen else {BACKWARD: both()[BACKWARD]}
-            build = partial(mixed, shape["B"], widths, frozen)
-            layers = f"{len(widths) - 1} layers, "
-            yield Group("mixed_batch", shape, dtype, goals, build,
-                        layers + ("frozen" if frozen else "training"))  # fmt: skip
+        # Gains of neurons need one product for both states; rotations, which need two, once.
+        for kind in ("gains",) if widths != WIDTHS[-1] else ("gains", "rotations"):
+            for frozen in (True, False):
+                goals = {FORWARD: GOAL} if frozen else {BACKWARD: both()[BACKWARD]}
+                build = partial(mixed, shape["B"], widths, kind, frozen)
+                case = f"{len(widths) - 1} layers, {kind}, {'frozen' if frozen else 'training'}"
+                yield Group("mixed_batch", shape, dtype, goals, build, case)
 
 
-def mixed(samples: int, widths: tuple[int, ...], frozen: bool, device: torch.device) -> Problem:
-    """Linear layers, which alone count, with a gain for each neuron in state 1."""
+def mixed(
+    samples: int, widths: tuple[int, ...], kind: str, frozen: bool, device: torch.device
+) -> Problem:
+    """Linear layers, which alone count; in state 1, neurons have gains or weights are rotated."""
     draw = Draw(torch.float32, device)
     net = _network(widths, bias=False).to(device)
     weights = [draw.normal(o, i) / i**0.5 for i, o in pairwise(widths)]
     names = [f"{i}.weight" for i in range(len(weights))]
     net.load_state_dict(dict(zip(names, weights, strict=True)))
     at = layout(net)
-    blocks = {s.path: Diagonal.per_neuron(s.shape, i) for i, s in enumerate(at.weights)}
+    blocks: dict[str, Modulator] = {
+        s.path: Diagonal.per_neuron(s.shape, i) if kind == "gains" else Hadamard(w.numel(), i)
+        for i, (s, w) in enumerate(zip(at.weights, weights, strict=True))
+    }
     model = Switchable(net, at.per_layer(lambda path, shape: blocks[path])).to(device)
-    gains = [b.gain.unsqueeze(1).float() for b in blocks.values()]
     state = (draw.turns(samples) < 0.5).long()
     operands = {"input": draw.normal(samples, widths[0]), "state": state}
     operands |= {f"w{i}": w for i, w in enumerate(weights)}
@@ -156,20 +161,23 @@ def mixed(samples: int, widths: tuple[int, ...], frozen: bool, device: torch.dev
         parameters = dict(zip((f"module.{n}" for n in names), given.values(), strict=True))
         return functional_call(model, parameters, (input, state))
 
-    second = [w * g for w, g in zip(weights, gains, strict=True)]  # folded before, if frozen
+    def switched(weights: Iterable[Tensor]) -> list[Tensor]:
+        pairs = zip(weights, blocks.values(), strict=True)
+        return [block(w.flatten()).view_as(w) for w, block in pairs]
+
+    second = switched(weights)  # folded before, if frozen
 
     def peer(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(input: Tensor, state: Tensor, **given: Tensor) -> Tensor:
             ws = list(given.values())
-            moved = second if frozen else [w * g for w, g in zip(ws, gains, strict=True)]
-            return run(input, state, ws, moved)
+            return run(input, state, ws, second if frozen else switched(ws))
 
         return call
 
     def definition(input: Tensor, **given: Tensor) -> Tensor:
         out = input
-        for w, g in zip(given.values(), gains, strict=True):
-            out = torch.where(state.bool()[:, None], out @ (w * g).mT, out @ w.mT)
+        for w, other in zip(given.values(), switched(given.values()), strict=True):
+            out = torch.where(state.bool()[:, None], out @ other.mT, out @ w.mT)
         return out
 
     gradients = () if frozen else tuple(f"w{i}" for i in range(len(weights)))

@@ -124,7 +124,8 @@ class Discrete(Topology):
         self._set(n=n, num_basis=n, probabilities=rho, _domain=f"an integer in [0, {n})")
 
     def _valid(self, s: Tensor, eps: float) -> Tensor:
-        return (s >= 0) & (s < self.n) & (s == s.floor())
+        inside = (s >= 0) & (s < self.n)
+        return inside & (s == s.floor()) if s.is_floating_point() else inside
 
     def _coefficients(self, s: Tensor) -> Tensor:
         task = torch.arange(self.n, device=s.device)

@@ -133,6 +133,10 @@ class Modulator(nn.Module, ABC):
         sums = torch.float64 if self._wide else accumulation_dtype(dtype)
         return self._roundings() * unit_roundoff(sums)
 
+    def row_gain(self, shape: Sequence[int]) -> Tensor | None:
+        """The gain of each row of a weight [O, ...] of n numbers, if M is nothing else."""
+        return None
+
     def condition_number(self) -> float:
         """κ, the ratio of the extreme singular values; of bounds, an upper bound."""
         low, high = self.singular_range()

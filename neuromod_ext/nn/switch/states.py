@@ -23,7 +23,7 @@ class Doses(Simplex):
 
 
 def coefficients(
-    state: State, num_states: int, dtype: torch.dtype, device: torch.device
+    state: State, states: Discrete, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """The weight c of each state, and the states themselves where they are such, one a sample.
 
@@ -31,7 +31,7 @@ def coefficients(
 
     Args:
         state: As :meth:`Switchable.forward` takes it.
-        num_states: K.
+        states: Those there are, K.
         dtype: Of c.
         device: Likewise.
 
@@ -46,8 +46,9 @@ def coefficients(
     if given.dtype is torch.bool:
         given = given.long()
     if not given.is_floating_point():
-        coeff = Discrete(num_states)(given)
+        coeff = states(given)
         return coeff.to(dtype), given.long() if given.dim() == 1 else None
+    num_states = states.num_basis
     if num_states == 2:
         return Dose()(given).to(dtype), None
     if given.shape[-1:] != (num_states - 1,):

@@ -57,6 +57,9 @@ class Diagonal(Modulator):
     ) -> Diagonal:
         """One gain for all weights of an output neuron, its receptor density.
 
+        Where all modulators of a layer are such, :class:`Switchable` scales the layer's outputs
+        instead of its weights in a call with states or doses.
+
         Args:
             shape: The shape of a layer's weight, [O, ...].
             seed: As in :meth:`random`.
@@ -88,6 +91,10 @@ class Diagonal(Modulator):
 
     def _inverse_(self, w: Tensor) -> Tensor:
         return self._by_rows(Tensor.div_, w)
+
+    def row_gain(self, shape: Sequence[int]) -> Tensor | None:
+        """g, where a row of the weight is what shares a gain."""
+        return self.gain if torch.Size(shape[1:]).numel() == self.row else None
 
     def singular_range(self) -> tuple[float, float]:
         """The extreme magnitudes of the gains."""

@@ -16,13 +16,12 @@ from neuromod_ext._ambient import restored
 from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext.nn.switch.inplace import Part, layer_blocks, parts
 from neuromod_ext.nn.switch.layers import PLAIN, TIED, retyped, separable
-from neuromod_ext.nn.switch.layout import flattened, layout
+from neuromod_ext.nn.switch.layout import Slot, flattened, layout
 from neuromod_ext.nn.switch.modulator import Modulator
 from neuromod_ext.nn.switch.states import State, coefficients
-from neuromod_ext.nn.switch.tied import Ambient, Groups, Tied
+from neuromod_ext.nn.switch.tied import Ambient, Gained, Groups, Points, Tied
 from neuromod_ext.nn.switch.vector import copied, write
-
-Points = dict[str, dict[str, tuple[Tensor, ...]]]  # by layer and name, a parameter in every state
+from neuromod_ext.topology import Discrete
 
 
 class Switchable(nn.Module):
@@ -77,8 +76,9 @@ class Switchable(nn.Module):
         self.modulators = cast(Sequence[Modulator], nn.ModuleList(modulators))
         self.register_buffer("shift", self._checked_shift(shift))
         self.keep_original = keep_original
+        self._states = Discrete(len(modulators) + 1)
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self._frozen: tuple[Points, list[tuple[int, int]]] | None = None
+        self._frozen: tuple[dict[str, Points], list[tuple[int, int]]] | None = None
 
     @property
     def state(self) -> int:
@@ -122,11 +122,17 @@ class Switchable(nn.Module):
             )
         coeff, states = self.coefficients(state)
         points = self._points() if self._frozen is None else self._frozen_points()
-        groups = None if states is None else Groups.of(states, len(self.modulators) + 1)
+        num_states = self._states.n
+        groups = None
+        if states is not None and not all(layer.only_gained for layer in points.values()):
+            groups = Groups.of(states, num_states)
 
         def call(alone: int | None, input: Any) -> Any:
+            here = coeff
+            if alone is not None:
+                here = torch.eye(num_states, dtype=coeff.dtype, device=coeff.device)[alone]
             for path, layer in named:
-                layer.ambient = Ambient(points[path], coeff, states, groups, alone)
+                layer.ambient = Ambient(points[path], here, states, groups, alone)
             return self.module(input, *args, **kwargs)
 
         try:
@@ -147,8 +153,8 @@ class Switchable(nn.Module):
         Returns:
             c, [B, K] or [K], K states; and the states, [B], or None.
         """
-        num_states, device = len(self.modulators) + 1, self.shift.device
-        return coefficients(state, num_states, accumulation_dtype(self.layout.dtype), device)
+        dtype = accumulation_dtype(self.layout.dtype)
+        return coefficients(state, self._states, dtype, self.shift.device)
 
     @contextmanager
     def frozen(self) -> Iterator[Switchable]:
@@ -158,18 +164,13 @@ class Switchable(nn.Module):
         if the parameters have changed since it began.
         """
         with torch.no_grad():
-            mapped = self._points()
-        points = {
-            path: {name: tuple(t.detach() for t in each) for name, each in layer.items()}
-            for path, layer in mapped.items()
-        }
-        self._frozen = points, self._versions()
+            self._frozen = self._points(), self._versions()
         try:
             yield self
         finally:
             self._frozen = None
 
-    def _frozen_points(self) -> Points:
+    def _frozen_points(self) -> dict[str, Points]:
         assert self._frozen is not None
         points, versions = self._frozen
         if versions != self._versions():
@@ -186,36 +187,41 @@ class Switchable(nn.Module):
 
     def points(self) -> dict[str, dict[str, Tensor]]:
         """Every switched parameter in all states, [K, ...], by layer and name; differentiable."""
-        return {
-            path: {name: torch.stack(each) for name, each in layer.items()}
-            for path, layer in self._points().items()
-        }
+        return {path: layer.stacked() for path, layer in self._points().items()}
 
-    def _points(self) -> Points:
-        """The same, not stacked: in state 0 they are the parameters themselves."""
-        found: Points = {}
-        weights, biases = self.layout.weights, self.layout.biases
-        moved = [self._moved(modulator) for modulator in self.modulators]
-        if biases:
-            b = flattened(self.module, biases)
-            sizes = [slot.shape.numel() for slot in biases]
-            for parts, v in zip(moved, self.shift, strict=True):
-                parts.extend((b + v).split(sizes))
-        for slot, *others in zip((*weights, *biases), *moved, strict=True):
-            points = (slot.of(self.module), *(other.view(slot.shape) for other in others))
-            found.setdefault(slot.module, {})[slot.name] = points
+    def _points(self) -> dict[str, Points]:
+        """The same, not stacked, and gains of rows as such."""
+        found = {path: Points() for path, _ in self._named_layers()}
+        for slot, weight in zip(self.layout.weights, self._weights(), strict=True):
+            found[slot.module].weights[slot.name] = weight
+        if self.layout.biases:
+            sizes = [slot.shape.numel() for slot in self.layout.biases]
+            b = flattened(self.module, self.layout.biases)
+            moved = zip(*((b + v).split(sizes) for v in self.shift), strict=True)
+            for slot, others in zip(self.layout.biases, moved, strict=True):
+                found[slot.module].biases[slot.name] = (self._own(slot), *others)
         return found
 
-    def _moved(self, modulator: Modulator) -> list[Tensor]:
-        """All weights under a modulator, a vector for each place."""
-        slots, blocks = self.layout.weights, layer_blocks(self.layout, modulator)
-        if blocks is not None:  # spares copies of all weights
-            return [
-                block(slot.of(self.module).flatten())
-                for slot, block in zip(slots, blocks, strict=True)
-            ]
-        moved = modulator(flattened(self.module, slots))
-        return list(moved.split([slot.shape.numel() for slot in slots]))
+    def _weights(self) -> list[tuple[Tensor, ...] | Gained]:
+        slots = self.layout.weights
+        sizes = [slot.shape.numel() for slot in slots]
+        by_slot: list[Sequence[Modulator | Tensor]] = []  # or what it makes of the weight there
+        for modulator in self.modulators:
+            blocks = layer_blocks(self.layout, modulator)
+            if blocks is None:
+                blocks = modulator(flattened(self.module, slots)).split(sizes)
+            by_slot.append(blocks)
+        found: list[tuple[Tensor, ...] | Gained] = []
+        for slot, *modulators in zip(slots, *by_slot, strict=True):
+            own = self._own(slot)
+            gained = Gained.of(own, modulators)
+            found.append(gained or (own, *(_moved(own, modulator) for modulator in modulators)))
+        return found
+
+    def _own(self, slot: Slot) -> Tensor:
+        """A parameter; where no gradient is taken, one that no later call takes one of either."""
+        own: Tensor = slot.of(self.module)
+        return own if torch.is_grad_enabled() else own.detach()
 
     @torch.no_grad()
     def switch_(self, state: int = 1) -> None:
@@ -356,6 +362,11 @@ class Switchable(nn.Module):
         for modulator in self.modulators:
             modulator.check(dtype)
         return self
+
+
+def _moved(weight: Tensor, modulator: Modulator | Tensor) -> Tensor:
+    moved = modulator if isinstance(modulator, Tensor) else modulator(weight.flatten())
+    return moved.view(weight.shape)
 
 
 def _check_modulators(modulators: Sequence[Modulator], size: int, dtype: torch.dtype) -> None:

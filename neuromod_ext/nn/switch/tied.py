@@ -7,9 +7,8 @@ is torch's layer. :class:`Switchable` sets the points of all layers for the time
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from neuromod_ext import functional
-from neuromod_ext._transforms import transform_active
+from neuromod_ext._checks import accumulation_dtype
+from neuromod_ext._transforms import surrounded, transform_active
+from neuromod_ext.nn.switch.modulator import Modulator
 
 WORTH_SORTING = 2**19  # multiplications of a state's samples: to sort them takes some 10 us
 
@@ -62,59 +63,147 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Gained:
+    """A weight whose states differ in a gain of each row, which its outputs can have as well.
+
+    So one product serves the samples of all states and doses.
+
+    Attributes:
+        weight: In state 0, [O, ...].
+        gains: Of each row in every state, [K, O].
+    """
+
+    weight: Tensor
+    gains: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, modulators: Sequence[Modulator | Tensor]) -> Gained | None:
+        """What modulators make of a weight, if each of them is a gain of its rows."""
+        gains = [m.row_gain(weight.shape) for m in modulators if isinstance(m, Modulator)]
+        found = [gain for gain in gains if gain is not None]
+        if len(found) < len(modulators):
+            return None
+        in_states = torch.stack([torch.ones_like(found[0]), *found])
+        return cls(weight, in_states.to(accumulation_dtype(weight.dtype)))
+
+    def basis(self) -> Tensor:
+        """The weight in every state, [K, O, ...], as modulators would give it."""
+        gains = self.gains.view(*self.gains.shape, *(1,) * (self.weight.dim() - 1))
+        return (self.weight.to(gains.dtype) * gains).to(self.weight.dtype)
+
+    def scaled(self, product: Tensor, coeff: Tensor, shift: Tensor | None, inner: int) -> Tensor:
+        """The layer's output, each sample in its state.
+
+        Args:
+            product: What the weight makes of the input, [B, ..., O, ...]; overwritten.
+            coeff: c, [B, K], or [K] for one condition.
+            shift: The bias in every state, [K, O].
+            inner: How many dimensions follow the neurons'.
+
+        Raises:
+            ValueError: c is not for as many samples.
+        """
+        if coeff.dim() == 2 and product.shape[: product.dim() - inner - 1][:1] != coeff.shape[:1]:
+            raise ValueError(
+                f"Switchable: expected a batch of {len(coeff)} samples, one for each state or "
+                f"dose, got a layer's output of shape {list(product.shape)}"
+            )
+
+        def of_samples(basis: Tensor) -> Tensor:
+            mixed = functional.interpolate_weights(basis, coeff)
+            around = product.dim() - mixed.dim() - inner
+            *samples, neurons = mixed.shape
+            return mixed.view(*samples, *(1,) * around, neurons, *(1,) * inner)
+
+        gain, dtype = of_samples(self.gains), product.dtype
+        if surrounded():  # c may then have what the product has not: a dimension, a tangent
+            scaled = product * gain
+            return (scaled if shift is None else scaled + of_samples(shift)).to(dtype)
+        scaled = product.mul_(gain)
+        return scaled if shift is None else scaled.add_(of_samples(shift))
+
+
+@dataclass(frozen=True)
+class Points:
+    """A layer's parameters in every state, by name: those of state 0 are the layer's own."""
+
+    weights: dict[str, tuple[Tensor, ...] | Gained] = field(default_factory=dict)
+    biases: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @property
+    def only_gained(self) -> bool:
+        """Whether no weight needs the samples of a state apart from others."""
+        return all(isinstance(weight, Gained) for weight in self.weights.values())
+
+    def stacked(self) -> dict[str, Tensor]:
+        """Each of them as one tensor, [K, ...]."""
+        every = {**self.weights, **self.biases}
+        return {n: p.basis() if isinstance(p, Gained) else torch.stack(p) for n, p in every.items()}
+
+
+@dataclass(frozen=True)
 class Ambient:
     """What a layer's call is to use in place of its parameters.
 
     Attributes:
-        points: By name, each parameter in every state.
+        points: Its parameters in every state.
         coeff: c, [B, K], or [K] for one condition.
         states: [B], where c picks one state for each sample; then only that is computed.
         groups: The same samples sorted, if they can be.
         alone: The one state of all samples of this call, if it is known.
     """
 
-    points: dict[str, tuple[Tensor, ...]]
+    points: Points
     coeff: Tensor
     states: Tensor | None
     groups: Groups | None
     alone: int | None = None
 
-    def basis(self, name: str) -> Tensor | None:
-        """A parameter in every state, [K, ...]; None if the layer has none of that name."""
-        return torch.stack(self.points[name]) if name in self.points else None
-
     def linear(self, input: Tensor, weight: str = "weight", bias: str = "bias") -> Tensor:
         """The linear map of one weight and, where there is one, bias."""
-        tokens = math.prod(input.shape[1:-1])
-        if self.sorts(input, tokens * self.points[weight][0].numel()):
-            return self.by_state(F.linear, input, weight, bias)
-        basis, shift = self.basis(weight), self.basis(bias)
-        assert basis is not None
-        if self.states is None:
-            return functional.manifold_linear(input, basis, self.coeff, shift)
-        ones = self.coeff.sum(-1, keepdim=True)  # or NaN, if the state was out of its domain
-        return functional.manifold_linear_local(input, basis, self.states, ones, shift)
 
-    def sorts(self, input: Tensor, work: int) -> bool:
-        """Whether :meth:`by_state` serves a layer of so many multiplications a sample best."""
-        if self.alone is not None:
-            return True
-        return self.groups is not None and self.groups.serve(input, work)
+        def tied(input: Tensor, basis: Tensor, shift: Tensor | None) -> Tensor:
+            if self.states is None:
+                return functional.manifold_linear(input, basis, self.coeff, shift)
+            ones = self.coeff.sum(-1, keepdim=True)  # or NaN, if the state was out of its domain
+            return functional.manifold_linear_local(input, basis, self.states, ones, shift)
 
-    def by_state(
-        self, function: Callable[..., Tensor], input: Tensor, weight: str, bias: str
+        return self.run(F.linear, tied, input, math.prod(input.shape[1:-1]), 0, weight, bias)
+
+    def run(
+        self,
+        plain: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        tied: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        input: Tensor,
+        uses: int,
+        inner: int,
+        weight: str = "weight",
+        bias: str = "bias",
     ) -> Tensor:
-        """A function of input, weight and bias, called for the samples of each state at once."""
-        weights = self.points[weight]
-        shifts = self.points.get(bias, (None,) * len(weights))
+        """A layer's output, by the way that serves it best.
+
+        Args:
+            plain: The layer as a function of input, weight and bias.
+            tied: The same of input, weight and bias in every state.
+            input: Its input.
+            uses: How often a sample meets each number of the weight; 0 without a batch.
+            inner: How many dimensions of the output follow the neurons'.
+            weight: A parameter's name.
+            bias: Likewise; there may be none.
+        """
+        weights, biases = self.points.weights[weight], self.points.biases.get(bias)
+        if isinstance(weights, Gained):
+            shift = None if biases is None else torch.stack(biases)
+            return weights.scaled(plain(input, weights.weight, None), self.coeff, shift, inner)
 
         def in_state(k: int, x: Tensor) -> Tensor:
-            return function(x, weights[k], shifts[k])
+            return plain(x, weights[k], None if biases is None else biases[k])
 
         if self.alone is not None:
             return in_state(self.alone, input)
-        assert self.groups is not None
-        return self.groups.each(in_state, input)
+        if self.groups is not None and self.groups.serve(input, uses * weights[0].numel()):
+            return self.groups.each(in_state, input)
+        return tied(input, torch.stack(weights), None if biases is None else torch.stack(biases))
 
 
 class Tied(nn.Module):
@@ -159,7 +248,8 @@ class _TiedConv(Tied):
     def forward(self, input: Tensor) -> Tensor:
         """As torch's, or with the points around the call."""
         conv: Any = self
-        if self.ambient is None:
+        ambient = self.ambient
+        if ambient is None:
             result: Tensor = super().forward(input)
             return result
         padding = conv.padding
@@ -167,20 +257,16 @@ class _TiedConv(Tied):
             around = conv._reversed_padding_repeated_twice
             input, padding = F.pad(input, around, mode=conv.padding_mode), 0
         walk = (conv.stride, padding, conv.dilation, conv.groups)
+
+        def plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return type(self)._plain(input, weight, bias, *walk)
+
+        def tied(input: Tensor, basis: Tensor, shift: Tensor | None) -> Tensor:
+            return type(self)._convolve(input, basis, ambient.coeff, shift, *walk)
+
+        inner = len(conv.stride)
         pixels = math.prod(input.shape[2:]) // math.prod(conv.stride)
-        if input.dim() == len(conv.stride) + 2 and self.ambient.sorts(
-            input, pixels * conv.weight.numel()
-        ):
-            plain = partial(
-                type(self)._plain,
-                stride=conv.stride,
-                padding=padding,
-                dilation=conv.dilation,
-                groups=conv.groups,
-            )
-            return self.ambient.by_state(plain, input, "weight", "bias")
-        basis, shift = self.ambient.basis("weight"), self.ambient.basis("bias")
-        return type(self)._convolve(input, basis, self.ambient.coeff, shift, *walk)
+        return ambient.run(plain, tied, input, pixels * (input.dim() == inner + 2), inner)
 
 
 class TiedConv1d(_TiedConv, nn.Conv1d):
