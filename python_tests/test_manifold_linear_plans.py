@@ -223,7 +223,7 @@ def test_what_plans_are_for(monkeypatch) -> None:
         ({"batch": 64}, "expand"),
         ({"batch": 1024}, "expand_gemm"),
         ({"batch": 16, "tokens": 48}, "fold"),
-        ({"batch": 4, "tokens": 512}, "fold_gemm"),
+        ({"batch": 4, "tokens": 1024}, "fold_gemm"),
         ({"batch": 1}, "stream"),
     ):
         assert _C.explain(**layer, **sizes)["forward"][0][0] == plan

@@ -84,8 +84,9 @@ class Ops final : public VectorOps<T> {
 
   void transpose(int64_t rows, int64_t depth, const T* const* from, T* to, int64_t stride) const override {
     if constexpr (is_half_type<T>) {
-      for (int64_t d = 0; d < depth; ++d)
-        for (int64_t r = 0; r < rows; ++r) to[d * stride + r] = from[r] ? from[r][d] : T{};
+      transpose_halves(
+          rows, depth, [=](int64_t r) { return from[r]; },
+          [=](int64_t d) { return reinterpret_cast<uint16_t*>(to + d * stride); });
     } else {
       transpose_wide(rows, depth, from, to, stride);
     }
@@ -187,9 +188,16 @@ class Ops final : public VectorOps<T> {
 
   A dot_tile(int64_t rows, int64_t cols, int64_t stride, const A* product, const T* x,
              int64_t x_stride) const override {
-    A sum = 0;
-    for (int64_t r = 0; r < rows; ++r) sum += wide_dot(cols, product + r * stride, x + r * x_stride);
-    return sum;
+    constexpr int64_t lanes = kLanes<A>;
+    Lanes<A> sums[4] = {};
+    A rest = 0;
+    for (int64_t r = 0; r < rows; ++r, product += stride, x += x_stride) {
+      int64_t n = 0;
+      for (; n + 4 * lanes <= cols; n += 4 * lanes)
+        for (int64_t i = 0; i < 4; ++i) sums[i] += load(product + n + i * lanes) * load(x + n + i * lanes);
+      for (; n < cols; ++n) rest += product[n] * wide(x[n]);
+    }
+    return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
   }
 
   void narrow_transposed(int64_t rows, int64_t cols, int64_t stride, const A* sum, T* const* to) const override {

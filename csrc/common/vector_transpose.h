@@ -86,6 +86,43 @@ inline void transpose_words(int64_t rows, int64_t depth, From from, To to) {
     transpose_slice<Word>(rows, d, d + slice < depth ? d + slice : depth, from, to);
 }
 
+/// to(d)[r] = from(r)[d] of two bytes each: neighbouring rows are woven into words, and those transposed.
+template <class From, class To>
+inline void transpose_halves(int64_t rows, int64_t depth, From from, To to) {
+  typedef uint16_t Halves __attribute__((vector_size(16)));
+  typedef uint16_t Woven __attribute__((vector_size(32)));
+  using Row = Block<uint32_t>::Row;
+  constexpr int side = Block<uint32_t>::side;
+  const auto element = [](const char* row, int64_t d) { return load_as<uint16_t>(row + 2 * d); };
+  int64_t r = 0;
+  for (; r + 2 * side <= rows; r += 2 * side) {
+    const char* source[2 * side];
+    bool all = true;
+    for (int i = 0; i < 2 * side; ++i) {
+      source[i] = reinterpret_cast<const char*>(from(r + i));
+      all = all && source[i];
+    }
+    if (!all) break;
+    int64_t d = 0;
+    for (; d + side <= depth; d += side) {
+      Row block[side];
+      for (int i = 0; i < side; ++i) {
+        const auto even = load_as<Halves>(source[2 * i] + 2 * d), odd = load_as<Halves>(source[2 * i + 1] + 2 * d);
+        const Woven woven = __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+        __builtin_memcpy(&block[i], &woven, sizeof(Row));
+      }
+      Block<uint32_t>::transpose(block);
+      for (int i = 0; i < side; ++i) __builtin_memcpy(to(d + i) + r, &block[i], sizeof(Row));
+    }
+    for (; d < depth; ++d)
+      for (int i = 0; i < 2 * side; ++i) to(d)[r + i] = element(source[i], d);
+  }
+  for (; r < rows; ++r) {
+    const char* const source = reinterpret_cast<const char*>(from(r));
+    for (int64_t d = 0; d < depth; ++d) to(d)[r] = source ? element(source, d) : uint16_t(0);
+  }
+}
+
 template <class A>
 using word_t = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
 

@@ -132,6 +132,8 @@ void manifold_linear_forward_cpu(const ManifoldLinearParams& p) {
   const Plan plan = choose_plan(p, Pass::forward);
   if (plan == Plan::fold || plan == Plan::fold_gemm) return manifold_linear_fold_forward(p, plan);
   if (plan == Plan::expand_gemm) return manifold_linear_expand_gemm_forward(p);
+  if (plan == Plan::expand && !p.index && p.rows() >= p.num_basis * p.out_features)
+    return manifold_linear_expand_rows_forward(p);  // less to pack
   dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     plan == Plan::stream ? manifold_linear_stream_forward<T>(p) : Expand<T>(p).run();

@@ -4,7 +4,7 @@
 // 2 R O I flop and 2 B L O I of blending a product. G_b = g_b^T x_b yields both dP_k += c_l G_b and dc_l = <G_b, P_k>.
 // A job is a block of a result, for a range of samples; jobs follow from sizes alone, and what they sum is added up in
 // order, so results do not depend on the number of threads, unless torch's product does.
-#include <array>
+#include <vector>
 
 #include "common/dispatch.h"
 #include "common/parallel.h"
@@ -16,10 +16,13 @@
 namespace neuromod {
 namespace {
 
-constexpr int64_t kEnoughJobs = 16;  // for any number of threads that a layer of this size is worth
-constexpr int64_t kBlock = 256;      // most rows and columns of a block
-constexpr int64_t kGemmBlock = 512;  // the same of a product by torch
-constexpr int64_t kTokens = 1024;    // tokens that are multiplied at a time, at most
+constexpr int64_t kEnoughJobs = 16;                // for any number of threads that a layer of this size is worth
+constexpr int64_t kBlock = 256;                    // most rows and columns of a block
+constexpr int64_t kGemmBlock = 512;                // the same of a product by torch
+constexpr int64_t kTokens = 1024;                  // tokens that torch multiplies at a time, at most
+constexpr int64_t kOuterBytes = 1024;              // of the tokens in an outer product's tiles, which so stay in cache
+constexpr int64_t kCacheBytes = int64_t(3) << 19;  // of panels that samples meet in turn
+constexpr int64_t kMostBytes = int64_t(64) << 20;  // of them where there are few samples for many threads
 
 struct Range {
   int64_t first, count;
@@ -69,7 +72,71 @@ void multiply_block(const View& result, int64_t row, int64_t count, int64_t firs
 class Fold {
  protected:
   explicit Fold(const ManifoldLinearParams& p) : p_(p) {}
+
+  /// result_b = left_b W_b, and the sample's bias: W_b, [depth, cols], is blended from panels, tiles of P_k as right
+  /// operands, which pack(k, first, count, panel) packs. So many of them as stay in cache meet all samples in turn,
+  /// each of whose rows stays there meanwhile. A job is a tile of one sample's result.
+  template <class T, class Pack>
+  void multiply_samples(const View& left, int64_t depth, const View& result, int64_t cols, bool bias, Pack pack) const {
+    using A = acc_t<T>;
+    const int64_t tiles = ceil_div(cols, kTile), panel = packed_depth<T>(depth) * kTile, K = p_.num_basis;
+    const int64_t tile_bytes = std::max<int64_t>(1, K * panel * int64_t(sizeof(T)));
+    const int64_t enough = std::min(ceil_div(kEnoughJobs, std::max<int64_t>(1, p_.batch)), kMostBytes / tile_bytes);
+    const int64_t most = std::max({int64_t(1), kCacheBytes / tile_bytes, enough});
+    const std::vector<char> used = used_points();
+    for (int64_t tile = 0; tile < tiles; tile += most) {
+      const int64_t count = std::min(most, tiles - tile);
+      const auto first = [&](int64_t i) { return (tile + i) * kTile; };
+      const auto width = [&](int64_t i) { return std::min(kTile, cols - first(i)); };
+      const Scratch<T> panels(count * K * panel);
+      parallel(count * K, double(panel) * 1e-9, [&](int64_t i) {
+        if (!used[i % K]) return;
+        T* const to = panels.data() + i * panel;
+        pack(i % K, first(i / K), width(i / K), to);
+        complete_panel(depth, to, kTile);
+      });
+      parallel_ranges(count * p_.batch, 2e-11 * double(panel * p_.tokens), [&](int64_t begin, int64_t end) {
+        const Scratch<T> weight(panel), copy(kTile * packed_depth<T>(depth));
+        const Scratch<A> sum(kTile * kTile);
+        for (int64_t job = begin; job < end; ++job) {
+          const int64_t b = job / count, i = job % count;
+          A shift[kTile] = {};
+          blend(b, first(i), width(i), panels.data() + i * K * panel, panel, weight.data(), bias ? shift : nullptr);
+          for (int64_t t = 0; t < p_.tokens; t += kTile) {
+            const int64_t row = b * p_.tokens + t, rows = std::min(kTile, p_.tokens - t);
+            const Tile<T> a = left_operand<T>(left, row, rows, depth, copy.data());
+            multiply<T>(result, row, rows, first(i), width(i), depth, a, weight.data(), bias ? shift : nullptr,
+                        sum.data());
+          }
+        }
+        release_tiles<T>();
+      });
+    }
+  }
+
   const ManifoldLinearParams& p_;
+
+ private:
+  /// Whether a basis point acts on any sample.
+  std::vector<char> used_points() const {
+    std::vector<char> used(p_.num_basis, !p_.index);
+    for (int64_t b = 0; p_.index && b < p_.batch; ++b)
+      for (int64_t l = 0; l < p_.num_local; ++l) used[p_.basis_point(b, l)] = true;
+    return used;
+  }
+
+  /// A sample's panel, and its bias.
+  template <class T>
+  void blend(int64_t b, int64_t first, int64_t count, const T* panels, int64_t panel, T* weight, acc_t<T>* bias) const {
+    const int64_t L = p_.num_local;
+    const Scratch<acc_t<T>> c(L);
+    const Scratch<const T*> terms(L);
+    for (int64_t l = 0; l < L; ++l) {
+      c[l] = *p_.coeff.at<acc_t<T>>(b, l), terms[l] = panels + p_.basis_point(b, l) * panel;
+      if (bias) vectors<T>().add_scaled(count, c[l], p_.bias.at<T>(p_.basis_point(b, l), first), bias);
+    }
+    vectors<T>().mix(panel, L, c.data(), terms.data(), weight);
+  }
 };
 
 /// A job is a tile, or a block, of outputs of one sample.
@@ -81,24 +148,12 @@ class FoldForward : Fold {
   explicit FoldForward(const ManifoldLinearParams& p) : Fold(p) {}
 
   void run() const {
-    const int64_t depth = packed_depth<T>(p_.in_features), jobs = ceil_div(p_.out_features, kTile) * p_.batch;
-    parallel_ranges(jobs, 2e-11 * double(kTile * p_.in_features * p_.tokens), [&](int64_t begin, int64_t end) {
-      const Scratch<A> sum(kTile * kTile);
-      const Scratch<T> rows(kTile * depth), weight(kTile * depth);
-      for (int64_t job = begin; job < end; ++job) {
-        const int64_t b = job % p_.batch, first = job / p_.batch * kTile;
-        const int64_t outs = std::min(kTile, p_.out_features - first);
-        A bias[kTile] = {};
-        blend(b, first, outs, rows.data(), weight.data(), bias);
-        for (int64_t t = 0; t < p_.tokens; t += kTile) {
-          const int64_t row = b * p_.tokens + t, count = std::min(kTile, p_.tokens - t);
-          const Tile<T> x = left_operand<T>(p_.input, row, count, p_.in_features, rows.data());
-          multiply<T>(p_.output, row, count, first, outs, p_.in_features, x, weight.data(), p_.bias ? bias : nullptr,
-                      sum.data());
-        }
-      }
-      release_tiles<T>();
-    });
+    const auto pack = [&](int64_t k, int64_t first, int64_t count, T* panel) {
+      const T* rows[kTile];
+      for (int64_t o = 0; o < count; ++o) rows[o] = p_.basis.at<T>(k, first + o);
+      pack_rows<T>(count, p_.in_features, rows, panel, kTile);
+    };
+    multiply_samples<T>(p_.input, p_.in_features, p_.output, p_.out_features, bool(p_.bias), pack);
   }
 
   void run_gemm() const {
@@ -131,15 +186,6 @@ class FoldForward : Fold {
       vectors<T>().mix(p_.in_features, L, c.data(), basis.data(), rows + o * depth);
     }
   }
-
-  /// The same turned over.
-  void blend(int64_t b, int64_t first, int64_t outs, T* rows, T* weight, A* bias) const {
-    blend_rows(b, first, outs, rows, bias);
-    std::array<const T*, kTile> from;
-    for (int64_t o = 0; o < outs; ++o) from[o] = rows + o * packed_depth<T>(p_.in_features);
-    pack_rows(outs, p_.in_features, from.data(), weight, kTile);
-    complete_panel(p_.in_features, weight, kTile);
-  }
 };
 
 template <class T>
@@ -165,6 +211,7 @@ class FoldBackward : Fold {
 
  private:
   static constexpr int64_t kArea = kTile * kTile;
+  static constexpr int64_t kOuterTokens = kOuterBytes / sizeof(T);
 
   struct Block {
     int64_t first_out, outs, first_in, ins;
@@ -178,39 +225,14 @@ class FoldBackward : Fold {
     return std::max<int64_t>(1, std::min(ceil_div(kEnoughJobs, out_blocks() * in_blocks()), p_.batch / 4));
   }
 
-  /// dx_b = g_b W_b. A job is a tile of inputs for a range of samples.
+  /// dx_b = g_b W_b
   void input_pass() const {
-    const int64_t in_tiles = ceil_div(p_.in_features, kTile), O = p_.out_features, L = p_.num_local;
-    const int64_t parts = std::clamp(ceil_div(kEnoughJobs, in_tiles), int64_t(1), p_.batch);
-    const int64_t panel = packed_depth<T>(O) * kTile;
-    const double seconds = 2e-11 * double(kTile * O) * double(p_.rows() / parts);
-    parallel_ranges(in_tiles * parts, seconds, [&](int64_t begin, int64_t end) {
-      const Scratch<T> basis(p_.num_basis * panel), weight(panel), copy(kTile * packed_depth<T>(O));
-      const Scratch<A> sum(kTile * kTile), c(L);
-      const Scratch<const T*> rows(std::max(O, L));
-      for (int64_t job = begin; job < end; ++job) {
-        const int64_t first = job / parts * kTile, ins = std::min(kTile, p_.in_features - first);
-        const Range samples = part_of(job % parts, parts, p_.batch);
-        for (int64_t k = 0; k < p_.num_basis; ++k) {
-          for (int64_t o = 0; o < O; ++o) rows[o] = p_.basis.at<T>(k, o, first);
-          pack_columns<T>(O, rows.data(), ins, basis.data() + k * panel);
-          complete_panel(O, basis.data() + k * panel, kTile);
-        }
-        for (int64_t b = samples.first; b < samples.first + samples.count; ++b) {
-          for (int64_t l = 0; l < L; ++l) {
-            c[l] = *p_.coeff.at<A>(b, l);
-            rows[l] = basis.data() + p_.basis_point(b, l) * panel;
-          }
-          vectors<T>().mix(panel, L, c.data(), rows.data(), weight.data());
-          for (int64_t t = 0; t < p_.tokens; t += kTile) {
-            const int64_t row = b * p_.tokens + t, count = std::min(kTile, p_.tokens - t);
-            const Tile<T> g = left_operand<T>(p_.output, row, count, O, copy.data());
-            multiply<T>(q_.grad_input, row, count, first, ins, O, g, weight.data(), nullptr, sum.data());
-          }
-        }
-      }
-      release_tiles<T>();
-    });
+    const auto pack = [&](int64_t k, int64_t first, int64_t count, T* panel) {
+      const Scratch<const T*> rows(p_.out_features);
+      for (int64_t o = 0; o < p_.out_features; ++o) rows[o] = p_.basis.at<T>(k, o, first);
+      pack_columns<T>(p_.out_features, rows.data(), count, panel);
+    };
+    multiply_samples<T>(p_.output, p_.out_features, q_.grad_input, p_.in_features, false, pack);
   }
 
   void input_pass_gemm() const {
@@ -269,6 +291,7 @@ class FoldBackward : Fold {
     const int64_t K = p_.num_basis, O = p_.out_features, I = p_.in_features;
     const int64_t out_tiles = ceil_div(block.outs, kTile), tiles = out_tiles * ceil_div(block.ins, kTile);
     const Scratch<A> sums(q_.grad_basis ? K * tiles * kArea : 0), bias_sums(K * kBlock);
+    const Scratch<A> products(p_.tokens > kOuterTokens ? tiles * kArea : kArea);
     std::fill_n(sums.data(), q_.grad_basis ? K * tiles * kArea : 0, A(0));
     std::fill_n(bias_sums.data(), K * kBlock, A(0));
     const bool with_bias = q_.grad_bias && block.first_in == 0;
@@ -276,7 +299,8 @@ class FoldBackward : Fold {
       if (q_.grad_coeff)
         for (int64_t l = 0; l < p_.num_local; ++l) coeff[l * p_.batch + b] = A(0);
       if (q_.grad_basis || q_.grad_coeff)
-        for (int64_t t = 0; t < p_.tokens; t += kTokens) outer_product(b, t, block, sums.data(), tiles, coeff + b);
+        for (int64_t t = 0; t < p_.tokens; t += kOuterTokens)
+          outer_product(b, t, block, products.data(), sums.data(), tiles, coeff + b);
       if (with_bias) add_bias(b, block, bias_sums.data());
     }
     for (int64_t k = 0; k < K; ++k) {
@@ -302,13 +326,12 @@ class FoldBackward : Fold {
                                 sums + p_.basis_point(b, l) * kBlock);
   }
 
-  /// A block of g_b^T x_b over tokens from `first` on, by tiles that go from cache into dP_k and dc. g is turned over,
-  /// x read in place or packed as brgemm wants it.
-  void outer_product(int64_t b, int64_t first, Block block, A* sums, int64_t tiles, A* coeff) const {
-    const int64_t count = std::min(kTokens, p_.tokens - first), row = b * p_.tokens + first;
+  /// A block of g_b^T x_b over tokens from `first` on, by tiles that go from cache into dP_k and dc with the last
+  /// tokens. g is turned over, x read in place or packed as brgemm wants it.
+  void outer_product(int64_t b, int64_t first, Block block, A* products, A* sums, int64_t tiles, A* coeff) const {
+    const int64_t count = std::min(kOuterTokens, p_.tokens - first), row = b * p_.tokens + first;
     const int64_t stride = packed_depth<T>(count) + 16;  // off powers of two, at which rows fall into the same lines
     const Scratch<T> left(block_outs_ * stride), panel(interleaved<T>() ? packed_depth<T>(count) * kTile : 0);
-    const Scratch<A> product(kArea);
     const Scratch<const T*> rows(count);
     turn_over(row, count, block, rows.data(), left.data(), stride);
     for (int64_t i = 0; i < block.ins; i += kTile) {
@@ -322,15 +345,17 @@ class FoldBackward : Fold {
       }
       for (int64_t o = 0; o < block.outs; o += kTile, sums += kArea) {
         const int64_t outs = std::min(kTile, block.outs - o);
-        tile_product<T>(outs, cols, packed_depth<T>(count), {&left[o * stride], stride}, x, product.data(), kTile,
-                        false);
+        A* const product = products;
+        if (p_.tokens > kOuterTokens) products += kArea;
+        tile_product<T>(outs, cols, packed_depth<T>(count), {&left[o * stride], stride}, x, product, kTile, first > 0);
+        if (first + count < p_.tokens) continue;
         for (int64_t l = 0; l < p_.num_local; ++l) {
           const int64_t k = p_.basis_point(b, l);
           if (q_.grad_basis)
-            vectors<A>().add_scaled(outs * kTile, *p_.coeff.at<A>(b, l), product.data(), sums + k * tiles * kArea);
+            vectors<A>().add_scaled(outs * kTile, *p_.coeff.at<A>(b, l), product, sums + k * tiles * kArea);
           if (q_.grad_coeff)
             coeff[l * p_.batch] +=
-                vectors<T>().dot_tile(outs, cols, kTile, product.data(),
+                vectors<T>().dot_tile(outs, cols, kTile, product,
                                       p_.basis.at<T>(k, block.first_out + o, block.first_in + i), p_.basis.stride[1]);
         }
       }
@@ -340,19 +365,10 @@ class FoldBackward : Fold {
   /// left[o][t] = g[t][o]
   void turn_over(int64_t row, int64_t count, Block block, const T** rows, T* left, int64_t stride) const {
     for (int64_t r = 0; r < count; ++r) rows[r] = p_.output.at<T>(row + r, block.first_out);
-    if constexpr (is_half_type<T>) {
-      const Scratch<A> wide(kTile * stride);
-      for (int64_t o = 0; o < block.outs; o += kTile) {
-        const int64_t outs = std::min(kTile, block.outs - o);
-        for (int64_t r = 0; r < count && o > 0; ++r) rows[r] += kTile;
-        vectors<T>().transpose_wide(count, outs, rows, wide.data(), stride);
-        for (int64_t i = 0; i < outs; ++i) {
-          vectors<T>().narrow(count, &wide[i * stride], left + (o + i) * stride);
-          std::fill_n(left + (o + i) * stride + count, packed_depth<T>(count) - count, T{});
-        }
-      }
-    } else {
-      vectors<T>().transpose(count, block.outs, rows, left, stride);
+    vectors<T>().transpose(count, block.outs, rows, left, stride);
+    for (int64_t o = 0; o < block.outs; ++o) {
+      T* const row = left + o * stride;
+      std::fill(row + count, row + packed_depth<T>(count), T{});
     }
   }
 

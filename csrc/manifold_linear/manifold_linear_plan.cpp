@@ -38,9 +38,9 @@ Costs costs(DType dtype) {
     case DType::float64:
       return {4.6e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 1.2e-10, 2e-10, 8e-10, 7e-6, 2e-5};
     case DType::float32:
-      return {1.7e-11, 1.9e-11, 1.65e-11, 1.5e-10, 2.6e-10, 4e-10, 6.5e-11, 1e-10, 4e-10, 4e-6, 2e-5};
+      return {1.7e-11, 1.75e-11, 1.65e-11, 1.2e-10, 2.6e-10, 4e-10, 6.5e-11, 1e-10, 4e-10, 4e-6, 2e-5};
     case DType::bfloat16:
-      return {4.0e-12, 7.0e-12, 3.5e-12, 1.8e-10, 5e-10, 3.5e-10, 2.0e-10, 1e-9, 2e-10, 3.5e-5, 0};
+      return {4.0e-12, 4.5e-12, 3.5e-12, 1.2e-10, 5e-10, 3.5e-10, 2.0e-10, 1e-9, 2e-10, 3.5e-5, 0};
     case DType::float16:
       break;
   }
