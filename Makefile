@@ -8,6 +8,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
 export NEUROMOD_EMULATOR := 1
+# Kernels for this machine's GPUs; without one as PTX alone, which takes half as long. `make kernels` compiles for all.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9]*\.[0-9]*' | sort -u | tr -d .)
+empty :=
+export NEUROMOD_CUDA_ARCHS ?= $(or $(subst $(empty) ,;,$(GPUS)),80-virtual)
 
 ifdef SYSTEM_TORCH
 VENV_FLAGS := --system-site-packages

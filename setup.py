@@ -1,8 +1,8 @@
 """Builds the extension `neuromod_ext._C`: finds the compilers, says what is missing, runs CMake.
 
 Environment: NEUROMOD_CUDA=0|1 (default: wherever nvcc is found), NEUROMOD_CUDA_ARCHS (default
-"80;90a;100"), NEUROMOD_EMULATOR=1 (also build the tests' emulator), MAX_JOBS, CXX, and CUDACXX or
-CUDA_HOME (where nvcc is).
+"80;90a;100"; "80-virtual" for PTX alone), NEUROMOD_EMULATOR=1 (also build the tests' emulator),
+MAX_JOBS, CXX, and CUDACXX or CUDA_HOME (where nvcc is).
 """
 
 from __future__ import annotations

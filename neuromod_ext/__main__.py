@@ -13,6 +13,10 @@ from neuromod_ext import _ops
 USAGE = "usage: python -m neuromod_ext info"
 
 
+def _arch(name: str) -> str:
+    return f"compute_{name[:-8]} (PTX)" if name.endswith("-virtual") else f"sm_{name}"
+
+
 def info() -> str:
     """Versions, the build, CUDA or not and why, CPU features, and the kernels there are."""
     rows = [
@@ -25,7 +29,7 @@ def info() -> str:
 
         build = _C.build_info()
         cuda = (
-            f"nvcc {build['cuda']}, for sm_{build['cuda_archs'].replace(' ', ', sm_')}"
+            f"nvcc {build['cuda']}, for {', '.join(map(_arch, build['cuda_archs'].split()))}"
             if build["cuda"]
             else f"not built: {build['cuda_reason']}"
         )

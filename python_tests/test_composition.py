@@ -206,8 +206,7 @@ IN_COMPILE = {
     "transform",
     [
         "grad",
-        "vmap",
-        *(pytest.param(name, marks=pytest.mark.full) for name in ("vmap_grad", "jvp")),
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("vmap", "vmap_grad", "jvp")),
     ],
 )
 @central_first

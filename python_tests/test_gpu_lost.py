@@ -72,7 +72,7 @@ def test_goes_on():
 """
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_a_test_that_loses_the_gpu_fails_alone(workers: int, tmp_path: Path) -> None:
     if workers:
         pytest.importorskip("xdist")

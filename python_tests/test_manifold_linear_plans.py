@@ -33,12 +33,15 @@ RAGGED = [  # B, tokens, K, O, I: beside the edges of tiles (32, 64) and blocks 
     (300, (), 4, 3, 5),
     (1, (70,), 3, 260, 70),
     (1, (1030,), 1, 5, 300),
+    (40, (), 2, 9, 1050),
+    (30, (), 2, 33, 1050),
 ]
 OWN = ("expand", "fold", "stream")  # torch's product, of the others, may sum anew with more threads
 every_plan = pytest.mark.parametrize("plan", PLANS)
-every_way = pytest.mark.parametrize(  # float16 takes that of bfloat16; test_fuzz has both
+RARE = (torch.float16, torch.float64)  # go the ways of bfloat16 and float32; test_fuzz has them
+every_way = pytest.mark.parametrize(
     "dtype",
-    [pytest.param(d, marks=pytest.mark.full) if d == torch.float16 else d for d in DTYPES],
+    [pytest.param(d, marks=pytest.mark.full) if d in RARE else d for d in DTYPES],
     ids=name_of,
 )
 
