@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -175,10 +176,32 @@ def mixed(
         return call
 
     def definition(input: Tensor, **given: Tensor) -> Tensor:
-        out = input
-        for w, other in zip(given.values(), switched(given.values()), strict=True):
+        """Of the weights of state 0, then those of state 1, as the library rounds them."""
+        out, of_both = input, list(given.values())
+        for w, other in zip(of_both[: len(weights)], of_both[len(weights) :], strict=True):
             out = torch.where(state.bool()[:, None], out @ other.mT, out @ w.mT)
         return out
+
+    def expected() -> dict[str, Expected]:
+        """A gradient comes back from state 1 through Mᵀ, whose entries' sizes bound its error."""
+        both_states = {f"w{i}": w for i, w in enumerate(weights)}
+        both_states |= {f"m{i}": w for i, w in enumerate(second)}
+        wanted = () if frozen else tuple(both_states)
+        found = expect_by_autograd(
+            definition,
+            {"input": operands["input"], **both_states},
+            grad_output,
+            wanted,
+            dict.fromkeys(("output", *wanted), terms),
+        )
+        for name, block in zip(gradients, blocks.values(), strict=not frozen):
+            own, other = found[name], found.pop(f"m{name[1:]}")
+            back = block.transpose(other.value.flatten()).view_as(own.value)
+            reach = block.transpose(other.scale.flatten()).view_as(own.scale)
+            if kind == "rotations":  # of n numbers: no entry of M is larger than 2 / √n
+                reach = (2 * other.scale.sum() / other.scale.numel() ** 0.5).expand_as(own.scale)
+            found[name] = replace(own, value=own.value + back, scale=own.scale + reach)
+        return found
 
     gradients = () if frozen else tuple(f"w{i}" for i in range(len(weights)))
     grad_output = draw.normal(samples, widths[-1])
@@ -195,13 +218,7 @@ def mixed(
                 workspace=4 * samples * max(w.numel() for w in weights),
             ),
         ],
-        lambda: expect_by_autograd(
-            definition,
-            {name: t for name, t in operands.items() if name != "state"},
-            grad_output,
-            gradients,
-            dict.fromkeys(("output", *gradients), terms),
-        ),
+        expected,
         {FORWARD: Work(work, moved), BACKWARD: Work(3 * work, 3 * moved)},
         grad_output,
         gradients,

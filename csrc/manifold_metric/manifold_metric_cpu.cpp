@@ -15,17 +15,8 @@ constexpr int64_t kStride = kChunk + 16;  // of rows: off powers of two, at whic
 /// to[k][n] = c[first + n][k]
 template <class T>
 void turn_over(const View& coeff, int64_t first, int64_t count, int64_t K, double* to) {
-  const Scratch<T> turned(K * kStride);
-  if (coeff.stride[1] == 1) {
-    const T* rows[kChunk];
-    for (int64_t n = 0; n < count; ++n) rows[n] = coeff.at<T>(first + n);
-    vectors<T>().transpose(count, K, rows, turned.data(), kStride);
-  } else {
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t n = 0; n < count; ++n) turned[k * kStride + n] = *coeff.at<T>(first + n, k);
-  }
-  for (int64_t k = 0; k < K; ++k)
-    for (int64_t n = 0; n < count; ++n) to[k * kStride + n] = double(turned[k * kStride + n]);
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t k = 0; k < K; ++k) to[k * kStride + n] = double(*coeff.at<T>(first + n, k));
 }
 
 /// sum[j][k] = sum_n w_n c_n,j c_n,k over the conditions from `first` on, k <= j.
