@@ -121,8 +121,8 @@ def mixed_batch(dtype: torch.dtype, quick: bool) -> Iterator[Group]:
         return
     for widths in ((6, 5, 3),) if quick else WIDTHS:
         shape = {"B": 9 if quick else SAMPLES, "I": widths[0], "H": widths[1], "O": widths[-1]}
-        # Gains of neurons need one product for both states; rotations, which need two, once.
-        for kind in ("gains",) if widths != WIDTHS[-1] else ("gains", "rotations"):
+        # Gains of neurons need one product for both states, rotations one for each.
+        for kind in ("gains", "rotations") if quick or widths == WIDTHS[-1] else ("gains",):
             for frozen in (True, False):
                 goals = {FORWARD: GOAL} if frozen else {BACKWARD: both()[BACKWARD]}
                 build = partial(mixed, shape["B"], widths, kind, frozen)
