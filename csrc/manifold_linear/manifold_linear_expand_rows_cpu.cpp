@@ -78,6 +78,8 @@ class ExpandRows {
         if (p_.bias) vectors<T>().widen(outs, p_.bias.at<T>(k, out), bias);
         for (int64_t t = 0; t * kTile < rows; ++t) {
           const int64_t height = tile_size(t, rows);
+          for (int64_t r = 0; r < height && k + 1 == K_; ++r)  // where results will be written
+            __builtin_prefetch(p_.output.at<T>(from + t * kTile + r, out), 1);
           for (int64_t r = 0; r < height && p_.bias; ++r) std::copy_n(bias, outs, product.data() + r * kNarrowTile);
           for (int64_t d = 0; d == 0 || d < p_.in_features; d += kDepth)
             tile_product<T>(height, kNarrowTile, packed_depth<T>(std::min(kDepth, p_.in_features - d)),
