@@ -17,8 +17,9 @@
 namespace neuromod {
 namespace {
 
-// Seconds per element on one core (Xeon with AVX-512 and AMX), from benchmarks/speed/plan_costs.py. Only their ratios
-// matter; those of float32 and float64 differ little between processors, those of half types with what it has for them.
+// Seconds per element on one core (Xeon with AVX-512 and AMX), from benchmarks/speed/plan_costs.py, `fold` and `blend`
+// of float32 and bfloat16 by their ratio to `product` in a later run of it. Only ratios matter; those of float32 and
+// float64 differ little between processors, those of half types with what it has for them.
 struct Costs {
   double product;  // one multiply-add in plan expand, mixed
   double fold;     // the same in plan fold, whose products are stored as they come

@@ -134,7 +134,14 @@ class Modulator(nn.Module, ABC):
         return self._roundings() * unit_roundoff(sums)
 
     def row_gain(self, shape: Sequence[int]) -> Tensor | None:
-        """The gain of each row of a weight [O, ...] of n numbers, if M is nothing else."""
+        """What M does to the rows of a weight, if that is no more than a gain of each.
+
+        Args:
+            shape: The weight's shape, [O, ...], of n numbers.
+
+        Returns:
+            The gains, [O], float64; None if M is anything else.
+        """
         return None
 
     def condition_number(self) -> float:
