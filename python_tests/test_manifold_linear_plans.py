@@ -138,6 +138,46 @@ def test_same_bits_of_many_tokens(dtype: torch.dtype, forced: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True)), threads
 
 
+@every_way
+@pytest.mark.parametrize("sizes", [(1, 70_000, 64, 64), (5, 14_000, 64, 64), (9, 200, 300, 150)])
+def test_packed_tokens(sizes, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan fold takes tokens, or samples, in groups, and blocks by the number of threads."""
+    monkeypatch.setenv("NEUROMOD_PLAN", "fold")
+    B, T, O, I = sizes
+    random = torch.Generator().manual_seed(T)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    g, x, P = (
+        torch.randn(shape, generator=random).to(dtype)
+        for shape in ((B, T, O), (B, T, I), (2, O, I))
+    )
+    c = torch.randn(B, 2, generator=random).to(wide)
+    needed = [False, True, True, True]
+
+    def gradients() -> list[torch.Tensor]:
+        return _ops.OPS["manifold_linear_backward"](
+            g, x, P, c, torch.zeros(2, O, dtype=dtype), needed
+        )[1:]
+
+    outer = torch.einsum("bto,bti->boi", g.double(), x.double())
+    want = (
+        torch.einsum("bk,boi->koi", c.double(), outer),
+        torch.einsum("koi,boi->bk", P.double(), outer),
+        torch.einsum("bk,bto->ko", c.double(), g.double()),
+    )
+    first = gradients()
+    for got, expected in zip(first, want, strict=True):
+        unit = torch.finfo(got.dtype).eps
+        torch.testing.assert_close(
+            got.double(),
+            expected,
+            rtol=unit,
+            atol=float(16 * torch.finfo(wide).eps * T**0.5 * expected.abs().max()),
+        )
+    for threads in (2, 4):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True)), threads
+
+
 @pytest.mark.parametrize("way", ["set_float32_matmul_precision", "fp32_precision"])
 def test_products_stay_full(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever torch's own products may round their operands to."""

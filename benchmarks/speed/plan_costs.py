@@ -59,8 +59,9 @@ def row(dtype: torch.dtype) -> dict[str, float]:
     cost = {"product": (per("expand", 512, 1) - per("expand", 256, 1)) / (256 * K)}
     for plan, key in (("fold", "fold"), ("fold_gemm", "gemm")):
         cost[key] = (per(plan, 4, 512) - per(plan, 4, 256)) / (4 * 256)
-    cost["blend"] = (per("fold", 16, 32) / 16 - 32 * cost["fold"]) / K
-    cost["spread"] = (per("fold", 16, 32, op="_backward") / 16 - 32 * cost["fold"]) / K
+    for op, key in (("", "blend"), ("_backward", "spread")):
+        of_sample = (per("fold", 64, 16, op=op) - per("fold", 16, 16, op=op)) / 48
+        cost[key] = (of_sample - 16 * cost["fold"]) / K
     call = per("fold_gemm", 64, 16, 32) * 32**2 / 64
     turn = per("fold_gemm", 16, 64) / 16 - 64 * cost["gemm"] - K * cost["blend"]
     cost["turn"] = turn - 2 * call / 512**2

@@ -84,9 +84,10 @@ class Ops final : public VectorOps<T> {
 
   void transpose(int64_t rows, int64_t depth, const T* const* from, T* to, int64_t stride) const override {
     if constexpr (is_half_type<T>) {
-      transpose_halves(
-          rows, depth, [=](int64_t r) { return from[r]; },
-          [=](int64_t d) { return reinterpret_cast<uint16_t*>(to + d * stride); });
+      const auto target = [=](int64_t d) { return reinterpret_cast<uint16_t*>(to + d * stride); };
+      constexpr int64_t slice = 128;
+      for (int64_t d = 0; d < depth; d += slice)
+        transpose_halves(rows, d, depth - d < slice ? depth : d + slice, [=](int64_t r) { return from[r]; }, target);
     } else {
       transpose_wide(rows, depth, from, to, stride);
     }

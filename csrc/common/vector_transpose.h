@@ -86,9 +86,10 @@ inline void transpose_words(int64_t rows, int64_t depth, From from, To to) {
     transpose_slice<Word>(rows, d, d + slice < depth ? d + slice : depth, from, to);
 }
 
-/// to(d)[r] = from(r)[d] of two bytes each: neighbouring rows are woven into words, and those transposed.
+/// to(d)[r] = from(r)[d] of two bytes each, for d in [first, last): neighbouring rows are woven into words, and those
+/// transposed.
 template <class From, class To>
-inline void transpose_halves(int64_t rows, int64_t depth, From from, To to) {
+inline void transpose_halves(int64_t rows, int64_t first, int64_t last, From from, To to) {
   typedef uint16_t Halves __attribute__((vector_size(16)));
   typedef uint16_t Woven __attribute__((vector_size(32)));
   using Row = Block<uint32_t>::Row;
@@ -103,8 +104,8 @@ inline void transpose_halves(int64_t rows, int64_t depth, From from, To to) {
       all = all && source[i];
     }
     if (!all) break;
-    int64_t d = 0;
-    for (; d + side <= depth; d += side) {
+    int64_t d = first;
+    for (; d + side <= last; d += side) {
       Row block[side];
       for (int i = 0; i < side; ++i) {
         const auto even = load_as<Halves>(source[2 * i] + 2 * d), odd = load_as<Halves>(source[2 * i + 1] + 2 * d);
@@ -114,12 +115,12 @@ inline void transpose_halves(int64_t rows, int64_t depth, From from, To to) {
       Block<uint32_t>::transpose(block);
       for (int i = 0; i < side; ++i) __builtin_memcpy(to(d + i) + r, &block[i], sizeof(Row));
     }
-    for (; d < depth; ++d)
+    for (; d < last; ++d)
       for (int i = 0; i < 2 * side; ++i) to(d)[r + i] = element(source[i], d);
   }
   for (; r < rows; ++r) {
     const char* const source = reinterpret_cast<const char*>(from(r));
-    for (int64_t d = 0; d < depth; ++d) to(d)[r] = source ? element(source, d) : uint16_t(0);
+    for (int64_t d = first; d < last; ++d) to(d)[r] = source ? element(source, d) : uint16_t(0);
   }
 }
 

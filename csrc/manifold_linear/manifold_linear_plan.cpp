@@ -17,9 +17,9 @@
 namespace neuromod {
 namespace {
 
-// Seconds per element on one core (Xeon with AVX-512 and AMX), from benchmarks/speed/plan_costs.py, `fold` and `blend`
-// of float32 and bfloat16 by their ratio to `product` in a later run of it. Only ratios matter; those of float32 and
-// float64 differ little between processors, those of half types with what it has for them.
+// Seconds per element on one core (Xeon with AVX-512 and AMX), from benchmarks/speed/plan_costs.py; `fold` to `turn` of
+// all but float64 by their ratio to `product` in a later run of it. Only ratios matter; those of float32 and float64
+// differ little between processors, those of half types with what it has for them.
 struct Costs {
   double product;  // one multiply-add in plan expand, mixed
   double fold;     // the same in plan fold, whose products are stored as they come
@@ -39,13 +39,13 @@ Costs costs(DType dtype) {
     case DType::float64:
       return {4.6e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 1.2e-10, 2e-10, 8e-10, 7e-6, 2e-5};
     case DType::float32:
-      return {1.7e-11, 1.75e-11, 1.65e-11, 1.2e-10, 2.6e-10, 4e-10, 6.5e-11, 1e-10, 4e-10, 4e-6, 2e-5};
+      return {1.7e-11, 1.75e-11, 1.65e-11, 0.9e-10, 1.7e-10, 4.9e-10, 6.5e-11, 1e-10, 4e-10, 4e-6, 2e-5};
     case DType::bfloat16:
-      return {4.0e-12, 4.5e-12, 3.5e-12, 1.2e-10, 5e-10, 3.5e-10, 2.0e-10, 1e-9, 2e-10, 3.5e-5, 0};
+      return {4.0e-12, 4.1e-12, 3.1e-12, 1.1e-10, 1.6e-10, 1.8e-10, 2.0e-10, 1e-9, 2e-10, 3.5e-5, 0};
     case DType::float16:
       break;
   }
-  return {2.9e-11, 3.2e-11, 3.0e-11, 7e-10, 8e-10, 1e-10, 2.8e-10, 1e-10, 2e-10, 4e-5, 0};
+  return {2.9e-11, 2.8e-11, 2.0e-11, 4.1e-10, 4.8e-10, 2.5e-10, 2.8e-10, 1e-10, 2e-10, 4e-5, 0};
 }
 
 constexpr double kAlign = 16;            // rows of a segment are padded to this

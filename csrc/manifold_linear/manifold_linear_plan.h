@@ -43,6 +43,7 @@ void manifold_linear_expand_rows_forward(const ManifoldLinearParams& p);
 // Plans fold and fold_gemm.
 void manifold_linear_fold_forward(const ManifoldLinearParams& p, Plan plan);
 void manifold_linear_fold_backward(const ManifoldLinearBackwardParams& q, Plan plan);
+void manifold_linear_fold_outer(const ManifoldLinearBackwardParams& q);  // all but grad_input
 
 // Plan expand_gemm, and what it is with local support.
 void manifold_linear_expand_gemm_forward(const ManifoldLinearParams& p);
