@@ -203,7 +203,7 @@ class ExpandBackward {
     return std::is_same_v<T, A> ? std::min<int64_t>(1024, rows_.positions()) : rows_.positions();
   }
   /// Distance of the rows of g^T: off powers of two, at which rows would fall into the same lines of the cache.
-  int64_t stride() const { return stretch() + 16; }
+  int64_t stride() const { return stretch() + 64 / int64_t(sizeof(T)); }
 
   /// g^T for one tile of outputs, in the accumulation type: rows of the positions from `first` on.
   void transpose_grad(int64_t out_tile, int64_t first, A* to) const {
