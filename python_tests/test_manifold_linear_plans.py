@@ -270,6 +270,8 @@ def test_what_plans_are_for(monkeypatch) -> None:
         ({"batch": 1}, "stream"),
     ):
         assert _C.explain(**layer, **sizes)["forward"][0][0] == plan
+    half = _C.explain(**layer | {"dtype": "bfloat16"}, batch=1)
+    assert all(plans[0][0] == "stream" for plans in half.values())
 
 
 def test_an_unknown_plan_is_refused(monkeypatch) -> None:

@@ -70,6 +70,8 @@ def row(dtype: torch.dtype) -> dict[str, float]:
     cost["read"] = per("stream", 1, 1, 4096) / K - cost["stream"]
     cost["call"] = call
     cost["start"] = 32**2 * (per("expand", 8, 1, 32) - per("expand_gemm", 8, 1, 32))
+    gradient = per("fold", 4, 1, 1024, op="_backward") - 4 * (K * cost["spread"] + cost["fold"])
+    cost["once"] = gradient / K - cost["read"]
     return cost
 
 

@@ -18,8 +18,9 @@ namespace neuromod {
 namespace {
 
 // Seconds per element on one core (Xeon with AVX-512 and AMX), from benchmarks/speed/plan_costs.py; `fold` to `turn` of
-// all but float64 by their ratio to `product` in a later run of it. Only ratios matter; those of float32 and float64
-// differ little between processors, those of half types with what it has for them.
+// all but float64 by their ratio to `product` in a later run of it, and `once`, and bfloat16's `stream` and `pack`, by
+// which plan was the fastest of problems of few rows. Only ratios matter; those of float32 and float64 differ little
+// between processors, those of half types with what it has for them.
 struct Costs {
   double product;  // one multiply-add in plan expand, mixed
   double fold;     // the same in plan fold, whose products are stored as they come
@@ -32,20 +33,21 @@ struct Costs {
   double read;     // one element of P from memory
   double call;     // of torch's matrix product
   double start;    // of plan expand, beside that
+  double once;     // one element of P, packed for plan fold, or of dP, written by it
 };
 
 Costs costs(DType dtype) {
   switch (dtype) {
     case DType::float64:
-      return {4.6e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 1.2e-10, 2e-10, 8e-10, 7e-6, 2e-5};
+      return {4.6e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 1.2e-10, 2e-10, 8e-10, 7e-6, 2e-5, 2e-9};
     case DType::float32:
-      return {1.7e-11, 1.75e-11, 1.65e-11, 0.9e-10, 1.7e-10, 4.9e-10, 6.5e-11, 1e-10, 4e-10, 4e-6, 2e-5};
+      return {1.7e-11, 1.75e-11, 1.65e-11, 0.9e-10, 1.7e-10, 4.9e-10, 6.5e-11, 1e-10, 4e-10, 4e-6, 2e-5, 1e-9};
     case DType::bfloat16:
-      return {4.0e-12, 4.1e-12, 3.1e-12, 1.1e-10, 1.6e-10, 1.8e-10, 2.0e-10, 1e-9, 2e-10, 3.5e-5, 0};
+      return {4.0e-12, 4.1e-12, 3.1e-12, 1.1e-10, 1.6e-10, 1.8e-10, 6e-11, 5e-10, 2e-10, 3.5e-5, 0, 7e-10};
     case DType::float16:
       break;
   }
-  return {2.9e-11, 2.8e-11, 2.0e-11, 4.1e-10, 4.8e-10, 2.5e-10, 2.8e-10, 1e-10, 2e-10, 4e-5, 0};
+  return {2.9e-11, 2.8e-11, 2.0e-11, 4.1e-10, 4.8e-10, 2.5e-10, 2.8e-10, 1e-10, 2e-10, 4e-5, 0, 1.2e-9};
 }
 
 constexpr double kAlign = 16;            // rows of a segment are padded to this
@@ -100,7 +102,8 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       break;
     }
     case Plan::fold:
-      element += products * rows * cost.fold + samples * terms * (cost.blend + (backward ? cost.spread : 0));
+      element += products * (rows * cost.fold + points * cost.once);
+      element += samples * terms * (cost.blend + (backward ? cost.spread : 0));
       break;
     case Plan::stream:
       element += (pass == Pass::backward ? 3 : 1) * rows * terms * cost.stream;
@@ -108,6 +111,7 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
     case Plan::fold_gemm:
       element += rows * (update ? cost.fold : cost.gemm + (backward ? cost.fold : 0));
       element += samples * (terms * (cost.blend + (backward ? cost.spread : 0)) + cost.turn);
+      element += backward ? points * cost.once : 0;
       once = samples * std::ceil(double(backward ? p.in_features : p.out_features) / 256) * cost.call;
       break;
     case Plan::expand_gemm:
