@@ -17,7 +17,7 @@ namespace neuromod {
 namespace {
 
 constexpr int64_t kEnoughJobs = 16;                // for any number of threads that a layer of this size is worth
-constexpr int64_t kGemmBlock = 512;                // the same of a product by torch
+constexpr int64_t kGemmBlock = 512;                // most columns of a product by torch
 constexpr int64_t kTokens = 1024;                  // tokens that torch multiplies at a time, at most
 constexpr int64_t kCacheBytes = int64_t(3) << 19;  // of panels that samples meet in turn
 constexpr int64_t kMostBytes = int64_t(64) << 20;  // of them where there are few samples for many threads

@@ -45,10 +45,10 @@ class FoldOuter {
     const bool once = parts_ == 1 && p_.rows() > 0 && group_samples_ * group_tokens_ == p_.rows();
     const int64_t rows = p_.num_basis * p_.out_features, I = p_.in_features;
     const Scratch<A> sums(q_.grad_basis && !once ? parts_ * size_ : 0), bias(parts_ * rows);
-    const Scratch<A> coeff(q_.grad_coeff ? out_tiles_ * in_tiles_ * p_.num_local * p_.batch : 0);
+    const Scratch<A> coeff(q_.grad_coeff ? tiles_ * p_.num_local * p_.batch : 0);
     const Scratch<T> packed(with_products() ? group_samples_ * chunks(group_tokens_) * chunk_size() : 0);
     if (sums.data()) std::fill_n(sums.data(), parts_ * size_, A(0));
-    if (coeff.data()) std::fill_n(coeff.data(), out_tiles_ * in_tiles_ * p_.num_local * p_.batch, A(0));
+    if (coeff.data()) std::fill_n(coeff.data(), tiles_ * p_.num_local * p_.batch, A(0));
     std::fill_n(bias.data(), parts_ * rows, A(0));
     for (int64_t b = 0; b < p_.batch; b += group_samples_)
       for (int64_t t = 0; t < p_.tokens; t += group_tokens_) {
@@ -207,12 +207,11 @@ class FoldOuter {
 
   /// dc[b,l]: its sums over tiles, and <g, beta_k> over its tokens.
   void finish_coeff(const A* coeff) const {
-    const int64_t tiles = out_tiles_ * in_tiles_;
-    const double seconds = 1e-9 * double(p_.num_local * (tiles + (p_.bias ? p_.tokens * p_.out_features / 8 : 0)));
+    const double seconds = 1e-9 * double(p_.num_local * (tiles_ + (p_.bias ? p_.tokens * p_.out_features / 8 : 0)));
     parallel(p_.batch, seconds, [&](int64_t b) {
       for (int64_t l = 0; l < p_.num_local; ++l) {
         A sum = 0;
-        for (int64_t tile = 0; tile < tiles; ++tile) sum += coeff[(tile * p_.num_local + l) * p_.batch + b];
+        for (int64_t tile = 0; tile < tiles_; ++tile) sum += coeff[(tile * p_.num_local + l) * p_.batch + b];
         for (int64_t t = 0; t < p_.tokens && p_.bias; ++t)
           sum += vectors<T>().dot(p_.out_features, p_.output.at<T>(b * p_.tokens + t),
                                   p_.bias.at<T>(p_.basis_point(b, l)));
@@ -225,9 +224,10 @@ class FoldOuter {
   const ManifoldLinearBackwardParams& q_;
   const int64_t size_ = p_.num_basis * p_.out_features * p_.in_features;  // of dP
   const int64_t out_tiles_ = ceil_div(p_.out_features, kTile), in_tiles_ = ceil_div(p_.in_features, kTile);
+  const int64_t tiles_ = out_tiles_ * in_tiles_;
   // Ranges of samples that are added up apart, where tiles are few.
   const int64_t parts_ =
-      std::max<int64_t>(1, std::min(ceil_div(kEnoughParts, std::max<int64_t>(1, out_tiles_* in_tiles_)), p_.batch / 4));
+      std::max<int64_t>(1, std::min(ceil_div(kEnoughParts, std::max<int64_t>(1, tiles_)), p_.batch / 4));
   int64_t block_outs_ = kBlock, block_ins_ = kBlock;
   int64_t group_samples_, group_tokens_;
 };
