@@ -122,6 +122,20 @@ def test_many_rows(dtype: torch.dtype, forced: str) -> None:
         verify(name, call, draw)
 
 
+@every_plan
+@pytest.mark.parametrize("strides", [(1, 1, 1), (5, 1, 1), (1, 5, 1)])
+def test_single_rows_of_any_stride(strides: tuple[int, int, int], forced: str) -> None:
+    """The stride of a dimension of size 1 says nothing; it may be less than a row is long."""
+    single = [torch.randn(5).as_strided((1, 5), strides[1:]) for _ in range(2)]
+    basis = torch.randn(5).as_strided((1, 1, 5), strides)
+    coeff, grad = torch.randn(1, 1), torch.randn(1, 1)
+    want = basis[0] + coeff * grad * single[0]
+    _ops.OPS["manifold_linear_update_"](basis, grad, single[0], coeff)
+    torch.testing.assert_close(basis[0], want)
+    got = _ops.OPS["manifold_linear"](single[1], basis, coeff, None)
+    torch.testing.assert_close(got, coeff * single[1] @ want.T)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("plan", ["fold", "fold_gemm"])
 def test_same_bits_of_many_tokens(dtype: torch.dtype, forced: str) -> None:

@@ -48,6 +48,14 @@ at::Tensor borrowed(const Matrix<T>& m) {
   return at::from_blob(m.data, {m.rows, m.cols}, {m.stride, 1}, dtype);
 }
 
+/// From row to row, as BLAS wants it: no less than a row is long, even if it is the only one; 0 if rows overlap.
+template <class T>
+int64_t step(const Matrix<T>& m) {
+  const int64_t rows = m.transposed ? m.cols : m.rows, cols = m.transposed ? m.rows : m.cols;
+  if (rows == 1) return cols;
+  return m.stride < cols ? 0 : m.stride;
+}
+
 /// Whether the BLAS computed out (+)= a b; out is not transposed.
 template <class T>
 bool blas_product(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool add) {
@@ -58,12 +66,15 @@ bool blas_product(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, 
       return &dgemm_;
   }();
   constexpr int64_t most = std::numeric_limits<int>::max();
-  for (const int64_t size : {out.rows, out.cols, a.cols, out.stride, a.stride, b.stride})
+  const int64_t sizes[] = {out.rows, out.cols, a.cols}, steps[] = {step(b), step(a), step(out)};
+  for (const int64_t size : sizes)
     if (size < 1 || size > most) return false;
+  for (const int64_t each : steps)
+    if (each < 1 || each > most) return false;
   if (!gemm) return false;
   // BLAS counts by columns: our rows are its columns, so it computes out^T = b^T a^T.
   const int rows = int(out.cols), cols = int(out.rows), depth = int(a.cols);
-  const int strides[] = {int(b.stride), int(a.stride), int(out.stride)};
+  const int strides[] = {int(steps[0]), int(steps[1]), int(steps[2])};
   const T one = 1, keep = add;
   gemm(b.transposed ? "T" : "N", a.transposed ? "T" : "N", &rows, &cols, &depth, &one, b.data, &strides[0], a.data,
        &strides[1], &keep, out.data, &strides[2]);
