@@ -16,9 +16,10 @@
 #endif
 
 namespace neuromod {
-// Defined in common/diagnostics.cpp and manifold_linear/manifold_linear_plan.cpp, whose headers would bring in torch's.
-bool half_type_tiles(bool bfloat16);
-const char* vector_isa();
+// Defined in common/processor.cpp, common/diagnostics.cpp and manifold_linear/manifold_linear_plan.cpp, whose headers
+// would bring in torch's.
+std::vector<std::string> cpu_features();
+bool torch_product_is_native();
 double tile_seconds(const std::string& dtype, int64_t rows, int64_t cols, int64_t depth, int64_t repeats);
 std::map<std::string, std::vector<std::pair<std::string, double>>> explain_manifold_linear(
     const std::string& device, const std::string& dtype, int64_t batch, int64_t tokens, int64_t num_basis,
@@ -37,23 +38,6 @@ std::map<std::string, std::string> build_info() {
   };
 }
 
-/// Instruction sets of this processor that the CPU kernels can use.
-std::vector<std::string> cpu_features() {
-  std::vector<std::string> features;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2")) features.emplace_back("avx2");
-  if (__builtin_cpu_supports("fma")) features.emplace_back("fma");
-  if (__builtin_cpu_supports("avx512f")) features.emplace_back("avx512f");
-  if (__builtin_cpu_supports("avx512bw")) features.emplace_back("avx512bw");
-  if (__builtin_cpu_supports("avx512bf16")) features.emplace_back("avx512bf16");
-#endif
-  features.emplace_back(std::string(neuromod::vector_isa()) + " row operations");
-  if (neuromod::half_type_tiles(true)) features.emplace_back("bfloat16 tiles");
-  if (neuromod::half_type_tiles(false)) features.emplace_back("float16 tiles");
-  return features;
-}
-
 }  // namespace
 
 // Found in the file without loading it, where loading fails (neuromod_ext/_ops.py).
@@ -63,7 +47,9 @@ PYBIND11_MODULE(_C, m) {
   using pybind11::arg;
   m.doc() = "Compiled kernels of neuromod_ext.";
   m.def("build_info", &build_info, "What this binary was built against and with.");
-  m.def("cpu_features", &cpu_features, "Instruction sets of this processor that the CPU kernels can use.");
+  m.def("cpu_features", &neuromod::cpu_features, "Instruction sets of this processor that the CPU kernels can use.");
+  m.def("torch_product_is_native", &neuromod::torch_product_is_native,
+        "Whether torch's matrix product of float32 and float64 uses all that this processor has.");
   m.def("tile_seconds", &neuromod::tile_seconds, arg("dtype"), arg("rows"), arg("cols"), arg("depth"), arg("repeats"),
         "Seconds that one product tile takes on this thread, its operands in cache: the limit of every CPU plan.");
   m.def(

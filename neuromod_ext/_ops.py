@@ -103,7 +103,13 @@ if not EXTENSION and os.environ.get("NEUROMOD_REFERENCE") != "1":
         stacklevel=2,
     )
 
+TORCH_PRODUCT_IS_NATIVE = True
+"""Whether torch's float32 and float64 products use all of this processor; MKL's do on Intel's."""
+
 if EXTENSION:
+    from neuromod_ext import _C
+
+    TORCH_PRODUCT_IS_NATIVE = _C.torch_product_is_native()
     OPS: dict[str, Callable[..., Any]] = {
         name: getattr(torch.ops.neuromod_ext, name).default for name in NAMES
     }

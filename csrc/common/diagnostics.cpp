@@ -11,11 +11,6 @@
 
 namespace neuromod {
 
-/// Whether the processor multiplies tiles of a half-precision type as such.
-bool half_type_tiles(bool bfloat16) { return bfloat16 ? interleaved<BFloat16>() : interleaved<Float16>(); }
-
-const char* vector_isa() { return vector_set().isa; }
-
 /// Seconds that one product tile takes on this thread, its operands in cache: the limit of every plan.
 double tile_seconds(const std::string& dtype, int64_t rows, int64_t cols, int64_t depth, int64_t repeats) {
   return dispatch_dtype<Float16, BFloat16>(dtype_from_name("tile_seconds", dtype), [&](auto tag) {

@@ -1,5 +1,6 @@
 // The inner product of every CPU kernel: one tile C = A B through torch's brgemm (oneDNN: AVX2, AVX-512, AMX; a plain
-// matmul where those are missing), or for float64, which brgemm lacks, by a row operation.
+// matmul where those are missing), half types as float32 where they have no products of their own; or for float64,
+// which brgemm lacks, by a row operation.
 #pragma once
 
 #include <ATen/native/CPUBlas.h>
@@ -9,6 +10,8 @@
 #include <algorithm>
 
 #include "common/params.h"
+#include "common/processor.h"
+#include "common/scratch.h"
 #include "common/vector.h"
 
 namespace neuromod {
@@ -34,16 +37,22 @@ struct TorchType<Float16> {
 };
 }  // namespace detail
 
-/// Whether brgemm wants B's depth interleaved in pairs (AMX and AVX-512 dot products of half-precision pairs).
+/// Whether tiles are multiplied by AMX.
+template <class T>
+bool has_matrix_unit() {
+  if constexpr (is_half_type<T>)
+    return half_tiles<T>() == HalfTiles::matrix_unit;
+  else
+    return false;
+}
+
+/// Whether B's depth is interleaved in pairs.
 template <class T>
 bool interleaved() {
-  if constexpr (is_half_type<T>) {
-    using Torch = typename detail::TorchType<T>::type;
-    static const bool value = at::native::cpublas::could_pack(c10::CppTypeToScalarType<Torch>::value);
-    return value;
-  } else {
+  if constexpr (is_half_type<T>)
+    return half_tiles<T>() != HalfTiles::widened;
+  else
     return false;
-  }
 }
 
 /// The least depth of a product: even where pairs are interleaved.
@@ -55,7 +64,7 @@ int64_t even_depth(int64_t depth) {
 /// Depth of packed operands: AMX takes 32 at a time, and what is left over slowly.
 template <class T>
 int64_t packed_depth(int64_t depth) {
-  return interleaved<T>() && depth > 32 ? ceil_div(depth, 32) * 32 : even_depth<T>(depth);
+  return has_matrix_unit<T>() && depth > 32 ? ceil_div(depth, 32) * 32 : even_depth<T>(depth);
 }
 
 /// A tile of an operand as tile_product reads it.
@@ -105,6 +114,21 @@ void release_tiles() {
   if constexpr (!std::is_same_v<T, double>) at::native::cpublas::brgemm_release(interleaved<T>());
 }
 
+/// tile_product of half types as float32, so deep at a time that the copies stay in cache.
+template <class T>
+void widened_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<T> b, float* c, int64_t ldc,
+                     bool accumulate) {
+  constexpr int64_t most = 256, stride = most + 16;  // rows off powers of two
+  const Scratch<float> left(rows * stride), right(most * cols);
+  for (int64_t d = 0; d < depth; d += most) {
+    const int64_t length = std::min(most, depth - d);
+    for (int64_t r = 0; r < rows; ++r) vectors<T>().widen(length, a.data + r * a.stride + d, left.data() + r * stride);
+    for (int64_t i = 0; i < length; ++i) vectors<T>().widen(cols, b.data + (d + i) * b.stride, right.data() + i * cols);
+    at::native::cpublas::brgemm(rows, cols, length, stride, cols, ldc, accumulate || d > 0, left.data(), right.data(),
+                                c, false);
+  }
+}
+
 /// C[rows, cols] (rows of `ldc`) = or += A B, both of even_depth(depth).
 template <class T>
 void tile_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<T> b, acc_t<T>* c, int64_t ldc,
@@ -117,6 +141,8 @@ void tile_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<T> 
     for (int64_t r = 0; r < rows && !accumulate; ++r) std::fill_n(c + r * ldc, cols, 0.0);
     vectors<T>().add_product(rows, cols, depth, a.data, a.stride, b.data, b.stride, c, ldc);
   } else {
+    if constexpr (is_half_type<T>)
+      if (!interleaved<T>()) return widened_product(rows, cols, depth, a, b, c, ldc, accumulate);
     using Torch = typename detail::TorchType<T>::type;
     at::native::cpublas::brgemm(rows, cols, even_depth<T>(depth), a.stride, b.stride, ldc, accumulate,
                                 reinterpret_cast<const Torch*>(a.data), reinterpret_cast<const Torch*>(b.data), c,

@@ -12,15 +12,15 @@
 
 #include "common/dtype_name.h"
 #include "common/precision.h"
+#include "common/processor.h"
 #include "manifold_linear/manifold_linear_cuda_plan.h"
 
 namespace neuromod {
 namespace {
 
-// Seconds per element on one core (Xeon with AVX-512 and AMX), from benchmarks/speed/plan_costs.py; `fold` to `turn` of
-// all but float64 by their ratio to `product` in a later run of it, and `once`, and bfloat16's `stream` and `pack`, by
-// which plan was the fastest of problems of few rows. Only ratios matter; those of float32 and float64 differ little
-// between processors, those of half types with what it has for them.
+// Seconds per element on one core, from benchmarks/speed/plan_costs.py and from which plan was the fastest of problems
+// of many shapes. Only ratios matter, and these differ between two kinds of processors: measured on a Xeon with AMX,
+// for which MKL is made, and on an EPYC (Zen 5) with AVX-512 alone.
 struct Costs {
   double product;  // one multiply-add in plan expand, mixed
   double fold;     // the same in plan fold, whose products are stored as they come
@@ -36,18 +36,39 @@ struct Costs {
   double once;     // one element of P, packed for plan fold, or of dP, written by it
 };
 
+namespace xeon {
+constexpr Costs float64{4.6e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 1.2e-10, 2e-10, 8e-10, 7e-6, 2e-5, 2e-9};
+constexpr Costs float32{1.7e-11, 1.75e-11, 1.65e-11, 0.9e-10, 1.7e-10, 4.9e-10,
+                        6.5e-11, 1e-10,    4e-10,    4e-6,    2e-5,    1e-9};
+constexpr Costs bfloat16{4.0e-12, 4.1e-12, 3.1e-12, 1.1e-10, 1.6e-10, 1.8e-10, 6e-11, 5e-10, 2e-10, 3.5e-5, 0, 7e-10};
+// `product` and `fold` by their ratio to float32's on the other.
+constexpr Costs float16{2.1e-11, 2.1e-11, 2.0e-11, 4.1e-10, 4.8e-10, 2.5e-10, 2.8e-10, 1e-10, 2e-10, 4e-5, 0, 1.2e-9};
+}  // namespace xeon
+
+namespace epyc {
+constexpr Costs float64{2.5e-11, 2.8e-11, 4.3e-11, 1.4e-10, 3.5e-10, 8e-10, 6e-11, 2e-10, 2e-10, 2e-6, 3e-6, 9e-10};
+constexpr Costs float32{1.1e-11, 7.8e-12, 3.5e-11, 4.2e-11, 5.2e-11, 9.1e-11,
+                        4.2e-11, 8e-11,   7.1e-11, 1.5e-6,  1e-6,    4.3e-10};
+constexpr Costs pairs{5.8e-12, 4.6e-12, 7.5e-12, 5.2e-11, 6.9e-11, 3e-11,
+                      4e-11,   8.5e-11, 5.7e-11, 1.5e-5,  1e-6,    3.1e-10};
+constexpr Costs widened{1.4e-11, 1.2e-11, 9.7e-11, 1e-10,  1.1e-10, 3e-11,
+                        8e-11,   3.2e-11, 6.3e-11, 9.4e-6, 1e-6,    5.3e-10};
+}  // namespace epyc
+
 Costs costs(DType dtype) {
+  const bool native = torch_product_is_native();
   switch (dtype) {
     case DType::float64:
-      return {4.6e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 1.2e-10, 2e-10, 8e-10, 7e-6, 2e-5, 2e-9};
+      return native ? xeon::float64 : epyc::float64;
     case DType::float32:
-      return {1.7e-11, 1.75e-11, 1.65e-11, 0.9e-10, 1.7e-10, 4.9e-10, 6.5e-11, 1e-10, 4e-10, 4e-6, 2e-5, 1e-9};
+      return native ? xeon::float32 : epyc::float32;
     case DType::bfloat16:
-      return {4.0e-12, 4.1e-12, 3.1e-12, 1.1e-10, 1.6e-10, 1.8e-10, 6e-11, 5e-10, 2e-10, 3.5e-5, 0, 7e-10};
+      if (half_tiles<BFloat16>() == HalfTiles::matrix_unit) return xeon::bfloat16;
+      return half_tiles<BFloat16>() == HalfTiles::pairs ? epyc::pairs : epyc::widened;
     case DType::float16:
       break;
   }
-  return {2.9e-11, 2.8e-11, 2.0e-11, 4.1e-10, 4.8e-10, 2.5e-10, 2.8e-10, 1e-10, 2e-10, 4e-5, 0, 1.2e-9};
+  return native ? xeon::float16 : epyc::widened;
 }
 
 constexpr double kAlign = 16;            // rows of a segment are padded to this
@@ -106,7 +127,7 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       element += samples * terms * (cost.blend + (backward ? cost.spread : 0));
       break;
     case Plan::stream:
-      element += (pass == Pass::backward ? 3 : 1) * rows * terms * cost.stream;
+      element += (pass == Pass::backward ? 6 : 1) * rows * terms * cost.stream;
       break;
     case Plan::fold_gemm:
       element += rows * (update ? cost.fold : cost.gemm + (backward ? cost.fold : 0));

@@ -108,7 +108,7 @@ class RowOrder {
 /// The alignment of segments: AMX multiplies tiles of 16 columns no faster than those of 32, and often slower.
 template <class T>
 int64_t row_alignment() {
-  return interleaved<T>() ? 32 : 16;
+  return has_matrix_unit<T>() ? 32 : 16;
 }
 
 }  // namespace neuromod

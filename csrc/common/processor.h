@@ -1,0 +1,29 @@
+// What this processor, and torch's libraries on it, do fast: what packing and plans depend on.
+#pragma once
+
+#include <cstdint>
+
+#include "common/element.h"
+
+namespace neuromod {
+
+/// How tiles of a half type are multiplied.
+enum class HalfTiles : int8_t {
+  widened,      ///< as float32: brgemm would take them number by number
+  pairs,        ///< by AVX-512's dot products of pairs, B's depth interleaved in pairs
+  matrix_unit,  ///< by AMX, from the same layout, 32 deep
+};
+
+/// Found out once.
+template <class T>
+HalfTiles half_tiles();
+template <>
+HalfTiles half_tiles<BFloat16>();
+template <>
+HalfTiles half_tiles<Float16>();
+
+/// Whether torch's matrix product of float32 and float64 uses all that there is: MKL does so on Intel's processors, and
+/// elsewhere half of AVX-512.
+bool torch_product_is_native();
+
+}  // namespace neuromod
