@@ -46,8 +46,8 @@ void interpolate_weights_backward_cpu(const InterpolateWeightsBackwardParams& p)
       std::fill_n(sums, B * K, A(0));
       const Scratch<const T*> grads(B);
       const Scratch<A> c(B);
-      for (int64_t first = part * chunk; first < p.length; first += parts * chunk) {
-        const int64_t n = std::min(chunk, p.length - first);
+      for (int64_t i = part * chunks / parts; i < (part + 1) * chunks / parts; ++i) {
+        const int64_t first = i * chunk, n = std::min(chunk, p.length - first);
         for (int64_t b = 0; b < B; ++b) {
           grads[b] = p.grad.at<T>(b, first);
           for (int64_t k = 0; k < K; ++k) sums[b * K + k] += vectors<T>().dot(n, grads[b], p.basis.at<T>(k, first));
@@ -55,7 +55,7 @@ void interpolate_weights_backward_cpu(const InterpolateWeightsBackwardParams& p)
         if (!p.grad_basis) continue;
         for (int64_t k = 0; k < K; ++k) {
           for (int64_t b = 0; b < B; ++b) c[b] = *p.coeff.at<A>(b, k);
-          vectors<T>().mix(n, B, c.data(), grads.data(), p.grad_basis.at<T>(k, first));
+          mix_large(K * p.length, n, B, c.data(), grads.data(), p.grad_basis.at<T>(k, first));
         }
       }
     });

@@ -21,8 +21,10 @@ class ExpandBackward {
   static constexpr int64_t kBlock = 16;   // row tiles that see a packed tile of P
   static constexpr int64_t kDepth = 256;  // rows of P packed at a time
   static constexpr int64_t kPackedBytes = int64_t(8) << 20;
-  static constexpr int64_t kWide = std::is_same_v<T, A> ? 1 : 8;  // tiles of sums: dP is written in long pieces
-  static constexpr int64_t kSumStride = kWide * kTile + 16;       // of their rows, off powers of two
+  static constexpr int64_t kWide = 8;                        // tiles of sums: dP is written in long pieces
+  static constexpr int64_t kSumStride = kWide * kTile + 16;  // of their rows, off powers of two
+  static constexpr int64_t kStretch = 1024;
+  static constexpr int64_t kCached = int64_t(1) << 20;  // elements of dP
 
  public:
   explicit ExpandBackward(const ManifoldLinearBackwardParams& q)
@@ -197,10 +199,17 @@ class ExpandBackward {
     }
   }
 
+  /// Whether sums are taken in the place of dP: if they have its type. Where float32's, of few positions, meet a P that
+  /// lies in memory, it is read and written in long pieces instead (float64 gains nothing by that).
+  bool sums_in_place() const {
+    const bool in_memory = p_.num_basis * p_.out_features * p_.in_features >= kCached;
+    const bool in_pieces = std::is_same_v<T, float> && q_.accumulate && in_memory && rows_.positions() <= kStretch;
+    return std::is_same_v<T, A> && !in_pieces;
+  }
   /// Positions that an outer product is summed over at a time: so many that the operands stay in cache, or all where
   /// the sums cannot stay in dP meanwhile.
   int64_t stretch() const {
-    return std::is_same_v<T, A> ? std::min<int64_t>(1024, rows_.positions()) : rows_.positions();
+    return std::is_same_v<T, A> ? std::min<int64_t>(kStretch, rows_.positions()) : rows_.positions();
   }
   /// Distance of the rows of g^T: off powers of two, at which rows would fall into the same lines of the cache.
   int64_t stride() const { return stretch() + 64 / int64_t(sizeof(T)); }
@@ -223,6 +232,8 @@ class ExpandBackward {
 
   void expanded_outer(int64_t out_tile, int64_t first, int64_t count, const T* x) const {
     const int64_t outs = tile_size(out_tile, p_.out_features), positions = rows_.positions(), K = p_.num_basis;
+    const bool in_place = sums_in_place();
+    const int64_t wide = in_place ? 1 : kWide;
     const Scratch<A> grad(kTile * stride()), c(positions), sum(kTile * kSumStride), bias(K * kTile);
     const Scratch<T> scaled(kTile * stride());
     std::fill_n(bias.data(), K * kTile, A(0));
@@ -237,15 +248,14 @@ class ExpandBackward {
             if (q_.grad_bias && first == 0) bias[k * kTile + o] += vectors<A>().dot(end - begin, &c[begin], g);
           }
         }
-        for (int64_t i = 0; i < count && q_.grad_basis; i += kWide) {
-          const int64_t tiles = std::min(kWide, count - i);
+        for (int64_t i = 0; i < count && q_.grad_basis; i += wide) {
+          const int64_t tiles = std::min(wide, count - i);
           for (int64_t w = 0; w < tiles; ++w) {
             const int64_t in_tile = first + i + w, ins = tile_size(in_tile, p_.in_features);
-            // Where sums have the type of dP, they are taken in its place.
             A* c_tile = &sum[w * kTile];
             int64_t ldc = kSumStride;
             bool add = false;
-            if constexpr (std::is_same_v<T, A>) {
+            if (in_place) {
               c_tile = q_.grad_basis.at<A>(k, out_tile * kTile, in_tile * kTile);
               ldc = q_.grad_basis.stride[1];
               add = q_.accumulate || start > 0;
@@ -259,7 +269,7 @@ class ExpandBackward {
               add = true;
             }
           }
-          if constexpr (!std::is_same_v<T, A>) store_basis(k, out_tile, first + i, tiles, sum.data());
+          if (!in_place) store_basis(k, out_tile, first + i, tiles, sum.data());
         }
       }
     }
