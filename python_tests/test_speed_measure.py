@@ -16,7 +16,14 @@ from torch import Tensor
 from benchmarks.speed import harness, limits, measure, memory, peers, runner
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.correctness import SLACK, expect
-from benchmarks.speed.harness import Block, HostTimer, Timing, interleave, warm_up
+from benchmarks.speed.harness import (
+    Block,
+    HostTimer,
+    Timing,
+    equally_long,
+    interleave,
+    warm_up,
+)
 from benchmarks.speed.problem import BACKWARD, FORWARD, Group, Problem, Unavailable, Variant, public
 from neuromod_ext import _ops, functional
 
@@ -70,13 +77,27 @@ def test_short_calls_are_timed_in_blocks() -> None:
             assert block.calls == 1
 
 
+def test_variants_make_as_many_calls_as_each_other() -> None:
+    """Else the longest would find its operands in cache more often."""
+    slow, probe = Block(lambda calls: 1.0, 1.0), Block(lambda calls: 0.0, 1e-6, 64, probe=True)
+    quick, ours = (Block(float, 1e-4 * calls, calls) for calls in (2, 1))
+    blocks = equally_long({"slow": slow, "probe": probe, "quick": quick, "ours": ours})
+    assert {name: block.calls for name, block in blocks.items()} == {
+        "slow": 1,
+        "probe": 64,
+        "quick": 2,
+        "ours": 2,
+    }
+    assert blocks["ours"].run() == 2.0
+
+
 def test_variants_take_turns_and_are_summed_up() -> None:
     clock = FakeClock()
     timer = HostTimer(clock)
 
     def block(name: str, seconds: Callable[[int], float], estimate: float) -> Block:
         call = clock.takes(name, seconds)
-        return Block(lambda: timer(call, 1), estimate)
+        return Block(lambda calls: timer(call, 1), estimate)
 
     blocks = {
         "a": block("a", lambda i: 0.1 + 0.01 * (i % 2), 0.1),
@@ -108,15 +129,15 @@ def test_variants_take_turns_and_are_summed_up() -> None:
 def test_rounds_fit_the_budget(seconds: float, budget: float, rounds: int) -> None:
     clock = FakeClock()
     call = clock.takes("a", lambda i: seconds)
-    blocks = {"a": Block(lambda: HostTimer(clock)(call, 1), seconds)}
+    blocks = {"a": Block(lambda calls: HostTimer(clock)(call, 1), seconds)}
     assert interleave(blocks, budget, clock=clock)["a"].rounds == rounds
 
 
 def test_ours_takes_part_in_every_round_and_a_fast_probe_slows_nobody() -> None:
     blocks = {
-        "ours": Block(lambda: 1.0, 1.0),
-        "peer": Block(lambda: 0.01, 0.01),
-        "probe": Block(lambda: 1e-6, 1e-6, probe=True),
+        "ours": Block(lambda calls: 1.0, 1.0),
+        "peer": Block(lambda calls: 0.01, 0.01),
+        "probe": Block(lambda calls: 1e-6, 1e-6, probe=True),
     }
     timings = interleave(blocks, 0.0, always="ours", clock=lambda: 0.0)
     assert {t.rounds for t in timings.values()} == {harness.LEAST_LONG_ROUNDS}
@@ -127,7 +148,10 @@ def test_one_slow_round_makes_no_slow_variant() -> None:
     even = clock.takes("a", lambda i: 0.01)
     once = clock.takes("b", lambda i: 9.0 if i == 0 else 0.02)
     timer = HostTimer(clock)
-    blocks = {"a": Block(lambda: timer(even, 1), 0.01), "b": Block(lambda: timer(once, 1), 9.0)}
+    blocks = {
+        "a": Block(lambda calls: timer(even, 1), 0.01),
+        "b": Block(lambda calls: timer(once, 1), 9.0),
+    }
     timings = interleave(blocks, 0.0, clock=clock)
     assert timings["b"].rounds == harness.LEAST_ROUNDS
     assert timings["b"].median == pytest.approx(0.02)

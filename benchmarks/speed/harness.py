@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -123,16 +123,20 @@ class Block:
     """What a round runs of a variant or of a probe.
 
     Attributes:
-        run: Runs it; returns the seconds of one call.
+        time: Makes so many calls; returns the seconds of one.
         estimate: Seconds of one call in the warm-up.
-        calls: How many calls ``run`` makes.
+        calls: How many calls a round makes.
         probe: It measures a limit, so that its speed does not make variants slow.
     """
 
-    run: Clock
+    time: Callable[[int], float]
     estimate: float
     calls: int = 1
     probe: bool = False
+
+    def run(self) -> float:
+        """What a round takes by the call."""
+        return self.time(self.calls)
 
 
 def warm_up(call: Call, timer: Timer) -> Block:
@@ -144,7 +148,21 @@ def warm_up(call: Call, timer: Timer) -> Block:
     while seconds * calls < BLOCK_SECONDS:
         calls = max(calls + 1, math.ceil(1.1 * BLOCK_SECONDS / max(seconds, 1e-8)))
         seconds = min(seconds, timer(call, calls) / calls)
-    return Block(lambda: timer(call, calls) / calls, seconds, calls)
+    return Block(lambda calls: timer(call, calls) / calls, seconds, calls)
+
+
+def equally_long(blocks: Mapping[str, Block]) -> dict[str, Block]:
+    """The blocks, of as many calls as the longest has.
+
+    Each call after the first of a block finds in the caches what that one left. Probes and slow
+    variants stay as they are.
+    """
+    estimates = {name: block.estimate for name, block in blocks.items()}
+    most = max(block.calls for block in blocks.values() if not block.probe)
+    return {
+        name: block if block.probe or _slow(name, estimates, blocks) else replace(block, calls=most)
+        for name, block in blocks.items()
+    }
 
 
 def interleave(

@@ -77,7 +77,7 @@ def limit(timings: Mapping[str, Timing]) -> Limit:
 
 def _probe(call: Call, factor: float, timer: Timer) -> Block:
     block = warm_up(call, timer)
-    return Block(lambda: factor * block.run(), block.estimate, block.calls, probe=True)
+    return Block(lambda calls: factor * block.time(calls), block.estimate, block.calls, probe=True)
 
 
 def _tiles(work: Work, dtype: torch.dtype) -> Block | None:
@@ -93,5 +93,5 @@ def _tiles(work: Work, dtype: torch.dtype) -> Block | None:
     tiles = work.flops / (2 * math.prod(TILE) * torch.get_num_threads())
     estimate = TILE_REPEATS * tile_seconds(name, *TILE, TILE_REPEATS)
     return Block(
-        lambda: tiles * tile_seconds(name, *TILE, TILE_REPEATS), estimate, TILE_REPEATS, probe=True
+        lambda calls: tiles * tile_seconds(name, *TILE, calls), estimate, TILE_REPEATS, probe=True
     )

@@ -17,6 +17,7 @@ from benchmarks.speed.harness import (
     Block,
     Call,
     Timing,
+    equally_long,
     interleave,
     is_lost,
     timer_for,
@@ -126,7 +127,7 @@ class _Case:
         ours = next(v.name for v in self.problem.variants if v.role == "ours")
         timings = {}
         if self.blocks:
-            blocks = self.blocks | limits
+            blocks = equally_long(self.blocks | limits)
             timings = interleave(blocks, options.seconds, always=ours)
         return self._record(timings, limits)
 
@@ -159,7 +160,7 @@ class _Case:
             slow = first > max(SLOW * fastest, LONG_SECONDS)
             record["peak_bytes"] = peak_bytes(prepared.call, self.device, slow)
             self.blocks[variant.name] = (
-                Block(lambda: self.timer(prepared.call, 1), first)
+                Block(lambda calls: self.timer(prepared.call, calls) / calls, first)
                 if slow
                 else warm_up(prepared.call, self.timer)
             )
