@@ -113,8 +113,13 @@ def timer_for(device: torch.device) -> Timer:
 
 
 def card() -> str:
-    """The GPU's name, as part of a file's: "NVIDIA H100 80GB HBM3" is "h100-80gb-hbm3"."""
-    words = re.findall("[a-z0-9]+", torch.cuda.get_device_name().lower())
+    """The GPU's name, as part of a file's."""
+    return in_file_name(torch.cuda.get_device_name())
+
+
+def in_file_name(machine: str) -> str:
+    """A machine's name, as part of a file's: "NVIDIA H100 80GB HBM3" is "h100-80gb-hbm3"."""
+    words = re.findall("[a-z0-9]+", re.sub(r"\(\w+\)", "", machine.lower()))
     return "-".join(word for word in words if word != "nvidia")
 
 
@@ -140,7 +145,11 @@ class Block:
 
 
 def warm_up(call: Call, timer: Timer) -> Block:
-    """The block of a call: called until warm, of as many calls as last BLOCK_SECONDS."""
+    """The block of a call: called until warm, of as many calls as last BLOCK_SECONDS.
+
+    Unless calls are long, each round of it begins with one that is not timed: it finds caches and
+    memory as another variant left them, those that follow as in a loop of their own.
+    """
     seconds = timer(call, 1)
     if seconds < LONG_SECONDS:
         seconds = min(seconds, timer(call, 1))
@@ -148,15 +157,17 @@ def warm_up(call: Call, timer: Timer) -> Block:
     while seconds * calls < BLOCK_SECONDS:
         calls = max(calls + 1, math.ceil(1.1 * BLOCK_SECONDS / max(seconds, 1e-8)))
         seconds = min(seconds, timer(call, calls) / calls)
-    return Block(lambda calls: timer(call, calls) / calls, seconds, calls)
+
+    def time(calls: int) -> float:
+        if seconds < LONG_SECONDS:
+            call()
+        return timer(call, calls) / calls
+
+    return Block(time, seconds, calls)
 
 
 def equally_long(blocks: Mapping[str, Block]) -> dict[str, Block]:
-    """The blocks, of as many calls as the longest has.
-
-    Each call after the first of a block finds in the caches what that one left. Probes and slow
-    variants stay as they are.
-    """
+    """The blocks, of as many calls as the longest has; probes and slow variants as they are."""
     estimates = {name: block.estimate for name, block in blocks.items()}
     most = max(block.calls for block in blocks.values() if not block.probe)
     return {
