@@ -99,7 +99,8 @@ def test_report_is_drawn_from_the_json_alone(
         assert main(["report", str(path), "--readme", str(readme)]) == 0
         text = readme.read_text()
         assert (
-            text == f"Before\n{report.BEGIN}\n\n{report.markdown(record)}\n\n{report.END}\nafter\n"
+            text
+            == f"Before\n{report.BEGIN}\n\n{report.markdown([record])}\n\n{report.END}\nafter\n"
         )
     assert "**0.01**" in text and "stale" not in text
     shown = capsys.readouterr().out.splitlines()
@@ -112,13 +113,32 @@ def test_report_is_drawn_from_the_json_alone(
     assert orange.sum() > 100  # a losing case is seen as one
 
 
+def test_one_table_holds_several_runs(record: dict[str, Any]) -> None:
+    other = record | {"environment": record["environment"] | {"device": "another"}}
+    other["cases"] = [case for case in record["cases"] if case["dtype"] == "bfloat16"]
+    lines = report.markdown([record, other]).splitlines()
+    assert [line[:5] for line in lines if line.startswith("- ")] == ["- A: ", "- B: "]
+    assert sum("another" in line for line in lines) == 1
+    (head,) = (line for line in lines if line.startswith("| op |"))
+    assert "| A f32 forward | A f32 fwd+bwd |" in head
+    assert head.endswith("| B bf16 forward | B bf16 fwd+bwd |") and "B f32" not in head
+    cells = [line.split(" | ") for line in lines[lines.index(head) + 2 :]]
+    assert {len(row) for row in cells} == {8}
+    assert any(row[-2] == row[-4] != "" for row in cells)
+
+
 def test_readme_holds_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text()
     between = text.partition(report.BEGIN)[2].partition(report.END)[0]
-    committed = ROOT / "benchmarks" / "results" / "speed-cpu.json"
-    want = report.markdown(results.read(committed)) if committed.exists() else ""
-    assert report.END in text
-    assert between.strip() == want
+    committed = sorted((ROOT / "benchmarks" / "results").glob("speed-cpu-*.json"))
+    assert committed and report.END in text
+    assert between.strip() == report.markdown([results.read(path) for path in committed])
+
+
+def test_machines_in_file_names() -> None:
+    assert harness.in_file_name("Intel(R) Xeon(R) Processor @ 2.1GHz") == (
+        "intel-xeon-processor-2-1ghz"
+    )
 
 
 # A run that is cut off, and one that goes on

@@ -14,9 +14,9 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.papers.report import Failure, progress
+from benchmarks.papers.report import Failure, environment, progress
 from benchmarks.speed import figure, report
-from benchmarks.speed.harness import card
+from benchmarks.speed.harness import card, in_file_name
 from benchmarks.speed.measure import Options
 from benchmarks.speed.results import Json, Results, read
 from benchmarks.speed.runner import BENCHES, DTYPES, Plan, run
@@ -59,8 +59,8 @@ class Speed:
         """Measure all cases, print the table, write the JSON and the figure; the exit status."""
         plan = self._plan()
         groups = plan.groups()
-        where = self.device if self.device == "cpu" else f"cuda-{card()}"
-        kind = f"{'quick-' if self.quick else ''}{where}"
+        machine = card() if self.device == "cuda" else in_file_name(environment()["cpu"])
+        kind = f"quick-{self.device}" if self.quick else f"{self.device}-{machine}"
         options = asdict(plan.options) | {"quick": self.quick}
         folder = _folder(self.output or (Path("figures") if self.quick else RESULTS))
         results = Results(folder / f"speed-{kind}.json", plan.device, options, self.fresh)
@@ -109,20 +109,21 @@ class Speed:
 
 @dataclass
 class Report:
-    """Draw table and figure again, from the JSON of a run alone."""
+    """Draw tables and figures again, from the JSON of runs alone."""
 
-    results: Annotated[Path, tyro.conf.Positional] = RESULTS / "speed-cpu.json"
-    """The JSON."""
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """The JSON, one or more; all of the CPU's by default."""
     readme: Path | None = None
     """A Markdown file whose table, between <!-- speed:begin --> and <!-- speed:end -->, is to be
-    replaced."""
+    replaced by one of all these results."""
 
     def run(self, console: Console) -> int:
-        """Print the table, write the figure and the README's table; the exit status."""
-        record = read(self.results)
+        """Print the tables, write the figures and the README's table; the exit status."""
+        paths = self.results or tuple(sorted(RESULTS.glob("speed-cpu-*.json")))
+        records = [read(path) for path in paths]
         if self.readme is not None:
-            report.write_readme(record, self.readme)
-        return _show(record, self.results, console)
+            report.write_readme(records, self.readme)
+        return max((_show(*each, console) for each in zip(records, paths, strict=True)), default=0)
 
 
 def _show(record: Json, path: Path, console: Console) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich import box
@@ -158,23 +158,31 @@ def _mean(ratios: list[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-def markdown(record: Json) -> str:
-    """The README's table: every case at the least number of threads."""
-    number = thread_counts(record)[0]
-    cases = [case for case in record["cases"] if case["threads"] == number]
-    dtypes = dict.fromkeys(case["dtype"] for case in cases)
-    columns = [(dtype, direction) for dtype in dtypes for direction in (FORWARD, BACKWARD)]
-    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
-    for case in cases:
-        cells = rows.setdefault((case["bench"], label(case)), {})
-        cells[case["dtype"], case["direction"]] = _cell(case)
-    head = " | ".join(f"{SHORT.get(d, d)} {SHORT[direction]}" for d, direction in columns)
-    lines = [f"| op | shape | {head} |", f"|---|---|{'---:|' * len(columns)}"]
+def markdown(records: Sequence[Json]) -> str:
+    """The README's table: every case of each run at its least number of threads."""
+    marks = [f"{chr(ord('A') + i)} " if len(records) > 1 else "" for i in range(len(records))]
+    heads: dict[str, None] = {}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    where_from = []
+    for mark, record in zip(marks, records, strict=True):
+        number = thread_counts(record)[0]
+        cases = [case for case in record["cases"] if case["threads"] == number]
+        for dtype in dict.fromkeys(case["dtype"] for case in cases):
+            heads |= dict.fromkeys(_head(mark, dtype, way) for way in (FORWARD, BACKWARD))
+        for case in cases:
+            cells = rows.setdefault((case["bench"], label(case)), {})
+            cells[_head(mark, case["dtype"], case["direction"])] = _cell(case)
+        where_from.append(f"- {mark and mark[:-1] + ': '}{where(record)}; threads: {number}")
+    lines = [f"| op | shape | {' | '.join(heads)} |", f"|---|---|{'---:|' * len(heads)}"]
     for (bench, shape), cells in rows.items():
-        entries = " | ".join(cells.get(column, "") for column in columns)
+        entries = " | ".join(cells.get(head, "") for head in heads)
         lines.append(f"| {bench} | {shape} | {entries} |")
-    said = f"Times as fast as the fastest of all peers, threads: {number}; losses are bold."
-    return "\n".join([said, f"Measured on {where(record)}.", "", *lines])
+    said = "Times as fast as the fastest of all peers; losses are bold. Measured on"
+    return "\n".join([said, "", *where_from, "", *lines])
+
+
+def _head(mark: str, dtype: str, direction: str) -> str:
+    return f"{mark}{SHORT.get(dtype, dtype)} {SHORT[direction]}"
 
 
 def _cell(case: Json) -> str:
@@ -184,7 +192,7 @@ def _cell(case: Json) -> str:
     return f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**"
 
 
-def write_readme(record: Json, path: Path) -> None:
+def write_readme(records: Sequence[Json], path: Path) -> None:
     """Replace what is between the markers by the table.
 
     Raises:
@@ -198,4 +206,4 @@ def write_readme(record: Json, path: Path) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise Failure(f"--readme: expected {BEGIN} and {END} in the file, got {path} without them")
-    path.write_text(f"{before}{BEGIN}\n\n{markdown(record)}\n\n{END}{after}")
+    path.write_text(f"{before}{BEGIN}\n\n{markdown(records)}\n\n{END}{after}")
