@@ -36,6 +36,7 @@ RAGGED = [  # B, tokens, K, O, I: beside the edges of slices (32) and tiles (64,
     (5, (), 6, 30, 450),
 ]
 every_plan = pytest.mark.parametrize("plan", CUDA_PLANS)
+own_plans = pytest.mark.parametrize("plan", [p for p in CUDA_PLANS if not p.endswith("_gemm")])
 narrow = pytest.mark.parametrize("dtype", NARROW, ids=name_of)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
@@ -125,9 +126,12 @@ def test_segments(name: str, forced: str, L: int, emulated: Backend) -> None:
 
 
 @narrow
-@every_plan
+@own_plans
 def test_alignment_does_not_matter(dtype: torch.dtype, forced: str, emulated: Backend) -> None:
-    """Rows that cp.async can copy give the same bits as rows it cannot."""
+    """Rows that cp.async can copy give the same bits as rows it cannot.
+
+    torch's product, of the other plans, may not: here MKL's, away from Intel's processors.
+    """
     name, roles = BACKWARD
     draw = Draw(f"aligned/{name_of(dtype)}", dtype)
     call = full_call(draw, roles, (40, (3,), 3, 48, 64))
