@@ -135,6 +135,14 @@ def test_readme_holds_the_committed_results() -> None:
     assert between.strip() == report.markdown([results.read(path) for path in committed])
 
 
+def test_a_report_of_no_runs_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(__main__, "RESULTS", tmp_path)
+    assert main(["report"]) == 1
+    assert "expected JSON of runs, got no speed-cpu-*.json in " in capsys.readouterr().err
+
+
 def test_machines_in_file_names() -> None:
     assert harness.in_file_name("Intel(R) Xeon(R) Processor @ 2.1GHz") == (
         "intel-xeon-processor-2-1ghz"

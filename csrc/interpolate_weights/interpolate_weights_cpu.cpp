@@ -30,7 +30,7 @@ void interpolate_weights_cpu(const InterpolateWeightsParams& p) {
 }
 
 // A chunk of all gradients meets every basis point, and makes the chunk of the basis points' gradients, while in cache.
-// Chunks are dealt out to a fixed number of parts, whose sums are folded in order.
+// A fixed number of parts take so many chunks after one another; their sums are folded in order.
 void interpolate_weights_backward_cpu(const InterpolateWeightsBackwardParams& p) {
   dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -127,7 +127,7 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       element += samples * terms * (cost.blend + (backward ? cost.spread : 0));
       break;
     case Plan::stream:
-      element += (pass == Pass::backward ? 6 : 1) * rows * terms * cost.stream;
+      element += (pass == Pass::backward ? 6 : 1) * rows * terms * cost.stream;  // three walks, two of which write
       break;
     case Plan::fold_gemm:
       element += rows * (update ? cost.fold : cost.gemm + (backward ? cost.fold : 0));
