@@ -21,10 +21,9 @@ class ExpandBackward {
   static constexpr int64_t kBlock = 16;   // row tiles that see a packed tile of P
   static constexpr int64_t kDepth = 256;  // rows of P packed at a time
   static constexpr int64_t kPackedBytes = int64_t(8) << 20;
-  static constexpr int64_t kWide = 8;                        // tiles of sums: dP is written in long pieces
-  static constexpr int64_t kSumStride = kWide * kTile + 16;  // of their rows, off powers of two
   static constexpr int64_t kStretch = 1024;
   static constexpr int64_t kCached = int64_t(1) << 20;  // elements of dP
+  static constexpr int64_t kFewRows = 256;
 
  public:
   explicit ExpandBackward(const ManifoldLinearBackwardParams& q)
@@ -104,7 +103,6 @@ class ExpandBackward {
         for (int64_t i = 0; i < count; ++i) {
           if (!uses(i)) continue;
           const RowTile& tile = tiles_[first + i];
-          if (d + kDepth >= O) prefetch_inputs(tile, in_tile, wide, k + 1 == p_.num_basis);
           for (int64_t w = 0; w < wide; ++w) {
             const Tile<T> basis = packed ? Tile<T>{panels.data() + w * kTile * packed_depth<T>(depth), kTile}
                                          : Tile<T>{p_.basis.at<T>(k, d, (in_tile + w) * kTile), p_.basis.stride[1]};
@@ -152,21 +150,6 @@ class ExpandBackward {
     for (int64_t w = 0; w < wide; ++w) complete_panel(depth, panels + w * kTile * packed_depth<T>(depth), kTile);
   }
 
-  /// What the products of a row tile will meet: x for dc, dx to be written.
-  void prefetch_inputs(const RowTile& tile, int64_t in_tile, int64_t wide, bool write) const {
-    const int64_t length = std::min(wide * kTile, p_.in_features - in_tile * kTile);
-    if (q_.grad_coeff) {
-      std::array<const T*, kTile> x;
-      rows_.pointers(p_.input, tile.first, tile.count, in_tile * kTile, x.data());
-      prefetch(x.data(), tile.count, length);
-    }
-    if (q_.grad_input && write) {
-      std::array<T*, kTile> dx;
-      rows_.pointers(q_.grad_input, tile.first, tile.count, in_tile * kTile, dx.data());
-      prefetch(dx.data(), tile.count, length);
-    }
-  }
-
   void store_rows(const RowTile& tile, int64_t in_tile, const A* sum) const {
     std::array<T*, kTile> dx;
     rows_.pointers(q_.grad_input, tile.first, tile.count, in_tile * kTile, dx.data());
@@ -199,18 +182,27 @@ class ExpandBackward {
     }
   }
 
-  /// Whether sums are taken in the place of dP: if they have its type. Where float32's, of few positions, meet a P that
-  /// lies in memory, it is read and written in long pieces instead (float64 gains nothing by that).
-  bool sums_in_place() const {
+  /// Part of dP_k: rows from `out` on, and tiles of their columns.
+  struct Piece {
+    int64_t k, out, outs, in_tile, tiles;
+  };
+
+  /// Whether sums are taken in the place of dP: if they have its type.
+  static constexpr bool kInPlace = std::is_same_v<T, A>;
+  /// Whether it takes longer to fetch what dP is added to than to multiply, from as many places as a piece has rows.
+  bool read() const {
     const bool in_memory = p_.num_basis * p_.out_features * p_.in_features >= kCached;
-    const bool in_pieces = std::is_same_v<T, float> && q_.accumulate && in_memory && rows_.positions() <= kStretch;
-    return std::is_same_v<T, A> && !in_pieces;
+    return q_.accumulate && in_memory && rows_.positions() <= kFewRows;
   }
+  /// Rows of a piece: of one that is read so many that a tile is 4 KiB.
+  int64_t strip() const { return read() ? 4096 / (kTile * int64_t(sizeof(T))) : kTile; }
+  /// Tiles of a piece: of sums beside dP several, so that it is written in long rows.
+  int64_t wide() const { return kInPlace || read() ? 1 : 8; }
+  /// Distance of their rows, off powers of two.
+  int64_t sum_stride() const { return wide() * kTile + 16; }
   /// Positions that an outer product is summed over at a time: so many that the operands stay in cache, or all where
   /// the sums cannot stay in dP meanwhile.
-  int64_t stretch() const {
-    return std::is_same_v<T, A> ? std::min<int64_t>(kStretch, rows_.positions()) : rows_.positions();
-  }
+  int64_t stretch() const { return kInPlace ? std::min<int64_t>(kStretch, rows_.positions()) : rows_.positions(); }
   /// Distance of the rows of g^T: off powers of two, at which rows would fall into the same lines of the cache.
   int64_t stride() const { return stretch() + 64 / int64_t(sizeof(T)); }
 
@@ -232,9 +224,7 @@ class ExpandBackward {
 
   void expanded_outer(int64_t out_tile, int64_t first, int64_t count, const T* x) const {
     const int64_t outs = tile_size(out_tile, p_.out_features), positions = rows_.positions(), K = p_.num_basis;
-    const bool in_place = sums_in_place();
-    const int64_t wide = in_place ? 1 : kWide;
-    const Scratch<A> grad(kTile * stride()), c(positions), sum(kTile * kSumStride), bias(K * kTile);
+    const Scratch<A> grad(kTile * stride()), c(positions), sum(kInPlace ? 0 : kTile * sum_stride()), bias(K * kTile);
     const Scratch<T> scaled(kTile * stride());
     std::fill_n(bias.data(), K * kTile, A(0));
     for (int64_t start = 0; start < positions; start += stretch()) {
@@ -248,28 +238,12 @@ class ExpandBackward {
             if (q_.grad_bias && first == 0) bias[k * kTile + o] += vectors<A>().dot(end - begin, &c[begin], g);
           }
         }
-        for (int64_t i = 0; i < count && q_.grad_basis; i += wide) {
-          const int64_t tiles = std::min(wide, count - i);
-          for (int64_t w = 0; w < tiles; ++w) {
-            const int64_t in_tile = first + i + w, ins = tile_size(in_tile, p_.in_features);
-            A* c_tile = &sum[w * kTile];
-            int64_t ldc = kSumStride;
-            bool add = false;
-            if (in_place) {
-              c_tile = q_.grad_basis.at<A>(k, out_tile * kTile, in_tile * kTile);
-              ldc = q_.grad_basis.stride[1];
-              add = q_.accumulate || start > 0;
-            }
-            if (ranges.empty() && !add)
-              for (int64_t o = 0; o < outs; ++o) std::fill_n(c_tile + o * ldc, ins, A(0));
-            prefetch_basis(k, out_tile, in_tile);
-            for (const auto& [begin, end] : ranges) {
-              tile_product<T>(outs, ins, end - begin, {&scaled[begin - start], stride()},
-                              {x + ((i + w) * positions + begin) * kTile, kTile}, c_tile, ldc, add);
-              add = true;
-            }
+        for (int64_t o = 0; o < outs && q_.grad_basis; o += strip()) {
+          for (int64_t i = 0; i < count; i += wide()) {
+            const Piece piece{k, out_tile * kTile + o, std::min(strip(), outs - o), first + i,
+                              std::min(wide(), count - i)};
+            outer_products(piece, start, ranges, &scaled[o * stride()], x + i * positions * kTile, sum.data());
           }
-          if (!in_place) store_basis(k, out_tile, first + i, tiles, sum.data());
         }
       }
     }
@@ -297,21 +271,49 @@ class ExpandBackward {
     return ranges;
   }
 
-  void prefetch_basis(int64_t k, int64_t out_tile, int64_t in_tile) const {
-    std::array<T*, kTile> rows;
-    const int64_t outs = tile_size(out_tile, p_.out_features);
-    for (int64_t o = 0; o < outs; ++o) rows[o] = q_.grad_basis.at<T>(k, out_tile * kTile + o, in_tile * kTile);
-    prefetch(rows.data(), outs, tile_size(in_tile, p_.in_features));
+  /// Sums over the positions from `start` on, whose columns of (c g)^T, and panels of x, are given.
+  void outer_products(const Piece& d, int64_t start, const Ranges& ranges, const T* grad, const T* x, A* sum) const {
+    const int64_t panel = rows_.positions() * kTile;
+    for (int64_t w = 0; w < d.tiles; ++w) {
+      const int64_t ins = tile_size(d.in_tile + w, p_.in_features);
+      A* c_tile = sum + w * kTile;
+      int64_t ldc = sum_stride();
+      bool add = false;
+      if constexpr (kInPlace) {
+        c_tile = at(d, 0, w);
+        ldc = q_.grad_basis.stride[1];
+        add = q_.accumulate || start > 0;
+      }
+      if (ranges.empty() && !add)
+        for (int64_t o = 0; o < d.outs; ++o) std::fill_n(c_tile + o * ldc, ins, A(0));
+      if (read()) prefetch_basis(d, w, ins);
+      for (const auto& [begin, end] : ranges) {
+        tile_product<T>(d.outs, ins, end - begin, {grad + begin - start, stride()},
+                        {x + w * panel + begin * kTile, kTile}, c_tile, ldc, add);
+        add = true;
+      }
+    }
+    if constexpr (!kInPlace) store_basis(d, sum);
   }
 
-  void store_basis(int64_t k, int64_t out_tile, int64_t in_tile, int64_t tiles, const A* sum) const {
-    const int64_t cols = std::min(tiles * kTile, p_.in_features - in_tile * kTile);
-    for (int64_t o = 0; o < tile_size(out_tile, p_.out_features); ++o) {
-      T* to = q_.grad_basis.at<T>(k, out_tile * kTile + o, in_tile * kTile);
+  /// Element of dP: row o of a piece, where its tile w begins.
+  T* at(const Piece& d, int64_t o, int64_t w) const {
+    return q_.grad_basis.at<T>(d.k, d.out + o, (d.in_tile + w) * kTile);
+  }
+
+  void prefetch_basis(const Piece& d, int64_t w, int64_t ins) const {
+    std::array<T*, kTile> rows;
+    for (int64_t o = 0; o < d.outs; ++o) rows[o] = at(d, o, w);
+    prefetch(rows.data(), d.outs, ins);
+  }
+
+  void store_basis(const Piece& d, const A* sum) const {
+    const int64_t cols = std::min(d.tiles * kTile, p_.in_features - d.in_tile * kTile);
+    for (int64_t o = 0; o < d.outs; ++o) {
       if (q_.accumulate) {
-        vectors<T>().add(cols, sum + o * kSumStride, to);
+        vectors<T>().add(cols, sum + o * sum_stride(), at(d, o, 0));
       } else {
-        vectors<T>().narrow(cols, sum + o * kSumStride, to);
+        vectors<T>().narrow(cols, sum + o * sum_stride(), at(d, o, 0));
       }
     }
   }

@@ -97,7 +97,6 @@ class Expand {
           A* const product = products.data() + i * area;
           tile_product<T>(outs, width, depth, {basis.data + d, basis.stride}, x, product, kNarrowTile, d > 0);
           if (d + kDepth < p_.in_features) continue;
-          if (k + 1 == p_.num_basis) prefetch_outputs(tile, out_first, outs);
           rows_.coefficients(tile.first, width, rows_.entry(tile.segment, k), c);
           vectors<T>().mix_columns(outs, width, kNarrowTile, product, c, p_.bias ? bias : nullptr,
                                    sums.data() + i * area, started[i]);
@@ -106,12 +105,6 @@ class Expand {
       }
     }
     for (int64_t i = 0; i < count; ++i) store(tiles_[first + i], out_first, outs, &sums[i * kTile * kNarrowTile]);
-  }
-
-  void prefetch_outputs(const RowTile& tile, int64_t out_first, int64_t outs) const {
-    std::array<T*, kNarrowTile> y;
-    rows_.pointers(p_.output, tile.first, tile.count, out_first, y.data());
-    prefetch(y.data(), tile.count, outs);
   }
 
   void store(const RowTile& tile, int64_t out_first, int64_t outs, const A* sum) const {
