@@ -73,6 +73,7 @@ Costs costs(DType dtype) {
 
 constexpr double kAlign = 16;            // rows of a segment are padded to this
 constexpr int64_t kMostStreamRows = 16;  // partial sums of plan stream grow with the rows
+constexpr int64_t kMostPairRows = 256;   // beyond which torch's product of bfloat16 pairs is slower than tiles
 constexpr Plan kPlans[] = {Plan::expand, Plan::fold, Plan::stream, Plan::fold_gemm, Plan::expand_gemm};
 
 /// Whether torch's matrix product keeps the kernels' promise: full products, where torch's user has allowed it less in
@@ -94,9 +95,11 @@ bool possible(const ManifoldLinearParams& p, Pass pass, Plan plan) {
   switch (plan) {
     case Plan::fold_gemm:
       return gemm_is_exact(p, pass);
-    case Plan::expand_gemm:  // rounds scaled operands, which half types cannot bear
-      return gemm_is_exact(p, pass) && (p.tokens == 1 || p.index) && p.dtype != DType::bfloat16 &&
-             p.dtype != DType::float16;
+    case Plan::expand_gemm:
+      if (p.dtype == DType::bfloat16)  // an update rounds nothing else than P; AMX multiplies tiles faster
+        return half_tiles<BFloat16>() == HalfTiles::pairs && pass == Pass::update && p.tokens == 1 && !p.index &&
+               p.batch <= kMostPairRows;
+      return p.dtype != DType::float16 && gemm_is_exact(p, pass) && (p.tokens == 1 || p.index);
     default:
       return true;
   }
@@ -136,6 +139,11 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       once = samples * std::ceil(double(backward ? p.in_features : p.out_features) / 256) * cost.call;
       break;
     case Plan::expand_gemm:
+      if (p.dtype == DType::bfloat16) {  // an update
+        element += rows * terms * cost.product;
+        once = 3 * cost.call;
+        break;
+      }
       element += products * (rows * terms * cost.gemm + points * cost.pack);
       once = segment_calls;
       break;
