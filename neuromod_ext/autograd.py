@@ -216,9 +216,11 @@ def _manifold_metric_vjp(
     coeff, weight = saved
     grad_coeff = grad_weight = None
     if needs[0]:
-        grad_coeff = torch.matmul(coeff, grad + grad.mT)
-        scale = 1 / coeff.shape[0] if weight is None else weight.unsqueeze(-1)
-        grad_coeff = grad_coeff * scale
+        both = grad + grad.mT
+        if weight is None:
+            grad_coeff = torch.matmul(coeff, both / coeff.shape[0])
+        else:
+            grad_coeff = torch.matmul(coeff, both) * weight.unsqueeze(-1)
     if weight is not None and needs[1]:
         grad_weight = (torch.matmul(coeff, grad) * coeff).sum(-1)
     return grad_coeff, grad_weight

@@ -139,7 +139,7 @@ void tile_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<T> 
   }
   if constexpr (std::is_same_v<T, double>) {
     for (int64_t r = 0; r < rows && !accumulate; ++r) std::fill_n(c + r * ldc, cols, 0.0);
-    vectors<T>().add_product(rows, cols, depth, a.data, a.stride, b.data, b.stride, c, ldc);
+    vectors<T>().add_product(rows, cols, depth, a.data, a.stride, 1, b.data, b.stride, c, ldc);
   } else {
     if constexpr (is_half_type<T>)
       if (!interleaved<T>()) return widened_product(rows, cols, depth, a, b, c, ldc, accumulate);

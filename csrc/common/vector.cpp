@@ -21,6 +21,10 @@ class Ops final : public VectorOps<T> {
  public:
   using A = acc_t<T>;
 
+  void to_float64(int64_t n, const T* from, double* to) const override {
+    for (int64_t i = 0; i < n; ++i) to[i] = double(wide(from[i]));
+  }
+
   void widen(int64_t n, const T* from, A* to) const override {
     for (int64_t i = 0; i < n; ++i) to[i] = wide(from[i]);
   }
@@ -59,27 +63,15 @@ class Ops final : public VectorOps<T> {
     }
   }
 
-  void add_product(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, A* c,
-                   int64_t ldc) const override {
-    constexpr int64_t height = 4, width = 2 * kLanes<A>;  // of product_block, the most
-    for (int64_t n = 0; n < cols; n += width) {
-      for (int64_t r = 0; r < rows; r += height) {
-        if (n + width <= cols) {
-          const auto block = rows - r >= 4   ? product_block<4>
-                             : rows - r == 3 ? product_block<3>
-                             : rows - r == 2 ? product_block<2>
-                                             : product_block<1>;
-          block(depth, a + r * lda, lda, b + n, ldb, c + r * ldc + n, ldc);
-          continue;
-        }
-        for (int64_t i = r; i < rows && i < r + height; ++i)
-          for (int64_t j = n; j < cols && j < n + width; ++j) {
-            A sum = c[i * ldc + j];
-            for (int64_t d = 0; d < depth; ++d) sum += wide(a[i * lda + d]) * wide(b[d * ldb + j]);
-            c[i * ldc + j] = sum;
-          }
-      }
-    }
+  void add_product(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t row, int64_t step, const T* b,
+                   int64_t ldb, A* c, int64_t ldc) const override {
+    int64_t n = 0;
+    for (; n + 2 * kLanes<A> <= cols; n += 2 * kLanes<A>)
+      product_columns<2>(rows, depth, a, row, step, b + n, ldb, c + n, ldc);
+    for (; n + kLanes<A> <= cols; n += kLanes<A>) product_columns<1>(rows, depth, a, row, step, b + n, ldb, c + n, ldc);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = n; j < cols; ++j)
+        for (int64_t d = 0; d < depth; ++d) c[r * ldc + j] += wide(a[r * row + d * step]) * wide(b[d * ldb + j]);
   }
 
   void transpose(int64_t rows, int64_t depth, const T* const* from, T* to, int64_t stride) const override {
@@ -243,18 +235,29 @@ class Ops final : public VectorOps<T> {
   }
 
  private:
-  /// Two vectors wide.
-  template <int64_t height>
-  static void product_block(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, A* c, int64_t ldc) {
-    Lanes<A> sum[height][2];
+  /// So many vectors of columns.
+  template <int64_t many>
+  static void product_columns(int64_t rows, int64_t depth, const T* a, int64_t row, int64_t step, const T* b,
+                              int64_t ldb, A* c, int64_t ldc) {
+    for (int64_t r = 0; r < rows; r += 4) {
+      const auto block = rows - r >= 4   ? product_block<4, many>
+                         : rows - r == 3 ? product_block<3, many>
+                         : rows - r == 2 ? product_block<2, many>
+                                         : product_block<1, many>;
+      block(depth, a + r * row, row, step, b, ldb, c + r * ldc, ldc);
+    }
+  }
+  template <int64_t height, int64_t many>
+  static void product_block(int64_t depth, const T* a, int64_t row, int64_t step, const T* b, int64_t ldb, A* c,
+                            int64_t ldc) {
+    Lanes<A> sum[height][many];
     for (int64_t r = 0; r < height; ++r)
-      for (int64_t i = 0; i < 2; ++i) sum[r][i] = load(c + r * ldc + i * kLanes<A>);
+      for (int64_t i = 0; i < many; ++i) sum[r][i] = load(c + r * ldc + i * kLanes<A>);
     for (int64_t d = 0; d < depth; ++d) {
-      const Lanes<A> left = load(b + d * ldb), right = load(b + d * ldb + kLanes<A>);
-      for (int64_t r = 0; r < height; ++r) {
-        sum[r][0] += left * wide(a[r * lda + d]);
-        sum[r][1] += right * wide(a[r * lda + d]);
-      }
+      Lanes<A> right[many];
+      for (int64_t i = 0; i < many; ++i) right[i] = load(b + d * ldb + i * kLanes<A>);
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t i = 0; i < many; ++i) sum[r][i] += right[i] * wide(a[r * row + d * step]);
     }
     for (int64_t r = 0; r < height; ++r) __builtin_memcpy(c + r * ldc, sum[r], sizeof(sum[r]));
   }

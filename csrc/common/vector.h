@@ -15,6 +15,8 @@ class VectorOps {
  public:
   using A = acc_t<T>;
 
+  /// to[i] = double(from[i])
+  virtual void to_float64(int64_t n, const T* from, double* to) const = 0;
   /// to[i] = A(from[i]) and to[i] = T(from[i])
   virtual void widen(int64_t n, const T* from, A* to) const = 0;
   virtual void narrow(int64_t n, const A* from, T* to) const = 0;
@@ -33,9 +35,10 @@ class VectorOps {
   /// out[j] = sum_i rows[j][i] x[i] for up to 8 rows, read side by side
   virtual void dots(int64_t n, int64_t count, const T* const* rows, const T* x, A* out) const = 0;
 
-  /// C[rows, cols] += A B, the depth in order: what brgemm does for the types that it knows
-  virtual void add_product(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb,
-                           A* c, int64_t ldc) const = 0;
+  /// C[rows, cols] += A B, the depth in order: what brgemm does for the types that it knows. Element (r, d) of A is
+  /// a[r row + d step].
+  virtual void add_product(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t row, int64_t step, const T* b,
+                           int64_t ldb, A* c, int64_t ldc) const = 0;
 
   // Operands of tile products.
   /// to[d][r] = from[r][d], rows of `to` `stride` apart.

@@ -84,7 +84,7 @@ class ParameterGradients {
     FlyChunk<A> h, by_sample;
     panel.hash(block, first, units, true, h.at);
     turn(units, h.at, by_sample.at);
-    vectors<A>().add_product(f_.outputs, units, panel.samples(block), grad, kBlock, by_sample.at, kFlyChunk,
+    vectors<A>().add_product(f_.outputs, units, panel.samples(block), grad, kBlock, 1, by_sample.at, kFlyChunk,
                              readout_.data() + first, f_.units);
   }
 
