@@ -7,7 +7,7 @@
 
 #include "common/dispatch.h"
 #include "common/parallel.h"
-#include "manifold_linear/manifold_linear_rows.h"
+#include "manifold_linear/manifold_linear_rows_pass.h"
 #include "manifold_linear/manifold_linear_stream.h"
 
 namespace neuromod {
@@ -16,10 +16,8 @@ namespace {
 template <class T>
 class ExpandBackward {
   using A = acc_t<T>;
-  using RowTile = RowOrder::RowTile;
   using Segment = RowOrder::Segment;
-  static constexpr int64_t kBlock = 16;   // row tiles that see a packed tile of P
-  static constexpr int64_t kDepth = 256;  // rows of P packed at a time
+  static constexpr int64_t kDepth = 256;  // rows of x packed at a time
   static constexpr int64_t kPackedBytes = int64_t(8) << 20;
   static constexpr int64_t kStretch = 1024;
   static constexpr int64_t kCached = int64_t(1) << 20;  // elements of dP
@@ -29,15 +27,18 @@ class ExpandBackward {
   explicit ExpandBackward(const ManifoldLinearBackwardParams& q)
       : q_(q),
         p_(q.p),
-        rows_(q.p, row_alignment<T>()),
-        tiles_(rows_.tiles(kTile)),
+        rows_(q.p, depth_alignment<T>()),
         in_tiles_(ceil_div(p_.in_features, kTile)),
         out_tiles_(ceil_div(p_.out_features, kTile)) {}
 
   void run() {
     const Scratch<A> partial(q_.grad_coeff ? in_tiles_ * p_.num_local * rows_.positions() : 0);
     partial_ = partial.data();
-    if (q_.grad_input || q_.grad_coeff) rows_pass();
+    if (q_.grad_input || q_.grad_coeff) {
+      const View factors = q_.grad_coeff ? p_.input : View{};
+      RowsPass<T>(p_, rows_, {p_.output, p_.out_features, q_.grad_input, p_.in_features, {}, factors, false}, partial_)
+          .run();
+    }
     if (q_.grad_basis || q_.grad_bias) outer_pass();
     if (q_.grad_coeff) finish_coeff();
   }
@@ -45,117 +46,6 @@ class ExpandBackward {
  private:
   /// Partial sums of dc by tile of inputs, one for each position.
   A* partial(int64_t in_tile, int64_t l) const { return partial_ + (in_tile * p_.num_local + l) * rows_.positions(); }
-
-  // The rows pass.
-
-  void rows_pass() {
-    const int64_t depth = packed_depth<T>(p_.out_features), positions = rows_.positions();
-    const bool in_place = rows_.in_place() && depth == p_.out_features;
-    const Scratch<T> copy(in_place ? 0 : positions * depth);
-    if (!in_place) {
-      parallel(positions, double(depth) * 1e-10, [&](int64_t i) {
-        const T* g;
-        rows_.pointers(p_.output, i, 1, 0, &g);
-        T* to = copy.data() + i * depth;
-        std::fill(g ? std::copy_n(g, p_.out_features, to) : to, to + depth, T{});
-      });
-    }
-    const Tile<T> grad = in_place ? Tile<T>{p_.output.at<T>(0), p_.output.stride[0]} : Tile<T>{copy.data(), depth};
-    // Few rows: wide tiles, so that P is read from memory in long pieces.
-    const int64_t wide = int64_t(tiles_.size()) <= 1 ? std::clamp<int64_t>(in_tiles_ / 8, 1, 8) : 1;
-    const int64_t blocks = ceil_div(int64_t(tiles_.size()), kBlock);
-    const int64_t jobs = ceil_div(in_tiles_, wide) * blocks;
-    const double seconds = 2e-11 * double(p_.out_features * kTile * wide) * double(std::min(kBlock * kTile, positions));
-    parallel_ranges(jobs, seconds, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t in_tile = i / blocks * wide, first = i % blocks * kBlock;
-        const int64_t tiles = std::min(wide, in_tiles_ - in_tile);
-        const int64_t count = std::min(kBlock, int64_t(tiles_.size()) - first);
-        expanded_rows(grad, in_tile, tiles, first, count);
-      }
-      release_tiles<T>();
-    });
-  }
-
-  /// Rows of A in a product tile: empty positions too where they are there to be read.
-  int64_t height(const Tile<T>& grad, const RowTile& tile) const {
-    return grad.data == p_.output.at<T>(0) ? tile.count : rows_.padded(tile.count);
-  }
-
-  void expanded_rows(Tile<T> grad, int64_t in_tile, int64_t wide, int64_t first, int64_t count) const {
-    const int64_t O = p_.out_features, area = kTile * kTile;
-    const Scratch<T> panels(wide * kTile * packed_depth<T>(std::min(kDepth, O)));
-    const Scratch<A> products(count * wide * area), sums(q_.grad_input ? count * wide * area : 0);
-    std::array<bool, kBlock> started = {};
-    std::array<const T*, kDepth> rows;
-    std::array<const T*, kTile> x;
-    A c[kTile], dot[kTile];
-    for (int64_t k = 0; k < p_.num_basis; ++k) {
-      const auto uses = [&](int64_t i) { return rows_.entry(tiles_[first + i].segment, k) < p_.num_local; };
-      int64_t used = 0;
-      for (int64_t i = 0; i < count; ++i) used += uses(i) ? tiles_[first + i].count : 0;
-      if (used == 0) continue;
-      // A tile of P that is read once or twice is not worth packing, unless it must be interleaved.
-      const bool packed = interleaved<T>() || wide > 1 || used > kNarrowTile;
-      for (int64_t d = 0; d < O; d += kDepth) {
-        const int64_t depth = std::min(kDepth, O - d);
-        if (packed) pack_wide(k, d, depth, in_tile, wide, rows.data(), panels.data());
-        for (int64_t i = 0; i < count; ++i) {
-          if (!uses(i)) continue;
-          const RowTile& tile = tiles_[first + i];
-          for (int64_t w = 0; w < wide; ++w) {
-            const Tile<T> basis = packed ? Tile<T>{panels.data() + w * kTile * packed_depth<T>(depth), kTile}
-                                         : Tile<T>{p_.basis.at<T>(k, d, (in_tile + w) * kTile), p_.basis.stride[1]};
-            tile_product<T>(height(grad, tile), tile_size(in_tile + w, p_.in_features), packed_depth<T>(depth),
-                            {grad.data + tile.first * grad.stride + d, grad.stride}, basis,
-                            products.data() + (i * wide + w) * area, kTile, d > 0);
-          }
-        }
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        if (!uses(i)) continue;
-        const RowTile& tile = tiles_[first + i];
-        const int64_t l = rows_.entry(tile.segment, k);
-        rows_.coefficients(tile.first, tile.count, l, c);
-        for (int64_t w = 0; w < wide; ++w) {
-          const A* product = products.data() + (i * wide + w) * area;
-          const int64_t ins = tile_size(in_tile + w, p_.in_features);
-          if (q_.grad_input)
-            vectors<T>().mix_rows(tile.count, ins, kTile, product, c, sums.data() + (i * wide + w) * area, started[i]);
-          if (q_.grad_coeff) {
-            rows_.pointers(p_.input, tile.first, tile.count, (in_tile + w) * kTile, x.data());
-            vectors<T>().dot_rows(tile.count, ins, kTile, product, x.data(), dot);
-            std::copy_n(dot, tile.count, partial(in_tile + w, l) + tile.first);
-          }
-        }
-        started[i] = true;
-      }
-    }
-    for (int64_t i = 0; i < count && q_.grad_input; ++i)
-      for (int64_t w = 0; w < wide; ++w)
-        store_rows(tiles_[first + i], in_tile + w, sums.data() + (i * wide + w) * area);
-  }
-
-  /// Rows [d, d + depth) of P_k in panels of kTile columns, read in pieces of `wide` panels.
-  void pack_wide(int64_t k, int64_t d, int64_t depth, int64_t in_tile, int64_t wide, const T** rows, T* panels) const {
-    constexpr int64_t step = 8;  // rows whose pieces are read together
-    for (int64_t n = 0; n < depth; n += step) {
-      for (int64_t w = 0; w < wide; ++w) {
-        const int64_t count = std::min(step, depth - n);
-        for (int64_t i = 0; i < count; ++i) rows[i] = p_.basis.at<T>(k, d + n + i, (in_tile + w) * kTile);
-        pack_columns<T>(count, rows, tile_size(in_tile + w, p_.in_features),
-                        panels + w * kTile * packed_depth<T>(depth) + n * kTile);
-      }
-    }
-    for (int64_t w = 0; w < wide; ++w) complete_panel(depth, panels + w * kTile * packed_depth<T>(depth), kTile);
-  }
-
-  void store_rows(const RowTile& tile, int64_t in_tile, const A* sum) const {
-    std::array<T*, kTile> dx;
-    rows_.pointers(q_.grad_input, tile.first, tile.count, in_tile * kTile, dx.data());
-    for (int64_t r = 0; r < tile.count; ++r)
-      vectors<T>().narrow(tile_size(in_tile, p_.in_features), sum + r * kTile, dx[r]);
-  }
 
   // The outer pass.
 
@@ -338,7 +228,6 @@ class ExpandBackward {
   const ManifoldLinearBackwardParams& q_;
   const ManifoldLinearParams& p_;
   const RowOrder rows_;
-  const std::vector<RowTile> tiles_;
   const int64_t in_tiles_, out_tiles_;
   A* partial_ = nullptr;
 };

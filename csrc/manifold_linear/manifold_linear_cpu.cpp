@@ -8,7 +8,7 @@
 
 #include "common/dispatch.h"
 #include "common/parallel.h"
-#include "manifold_linear/manifold_linear_rows.h"
+#include "manifold_linear/manifold_linear_rows_pass.h"
 #include "manifold_linear/manifold_linear_stream.h"
 
 namespace neuromod {
@@ -119,17 +119,25 @@ class Expand {
   const int64_t out_tiles_, depth_, panel_;
 };
 
+/// Whether rows are A of plan expand's products: where that is less to pack, and where few rows share a basis point,
+/// any number of which multiplies fast as A, but as columns multiples of 16 alone (AMX multiplies neither faster).
+template <class T>
+bool rows_are_left(const ManifoldLinearParams& p) {
+  return p.index ? !has_matrix_unit<T>() : p.rows() >= p.num_basis * p.out_features;
+}
+
 }  // namespace
 
 void manifold_linear_forward_cpu(const ManifoldLinearParams& p) {
   const Plan plan = choose_plan(p, Pass::forward);
   if (plan == Plan::fold || plan == Plan::fold_gemm) return manifold_linear_fold_forward(p, plan);
   if (plan == Plan::expand_gemm) return manifold_linear_expand_gemm_forward(p);
-  if (plan == Plan::expand && !p.index && p.rows() >= p.num_basis * p.out_features)
-    return manifold_linear_expand_rows_forward(p);  // less to pack
   dispatch_dtype<Float16, BFloat16>(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    plan == Plan::stream ? manifold_linear_stream_forward<T>(p) : Expand<T>(p).run();
+    if (plan == Plan::stream) return manifold_linear_stream_forward<T>(p);
+    if (!rows_are_left<T>(p)) return Expand<T>(p).run();
+    const RowOrder rows(p, depth_alignment<T>());
+    RowsPass<T>(p, rows, {p.input, p.in_features, p.output, p.out_features, p.bias, {}, true}, nullptr).run();
   });
 }
 

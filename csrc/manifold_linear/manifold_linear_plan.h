@@ -37,9 +37,6 @@ Plan choose_plan(const ManifoldLinearParams& p, Pass pass);
 
 const char* plan_name(Plan plan);
 
-// Plan expand with many rows.
-void manifold_linear_expand_rows_forward(const ManifoldLinearParams& p);
-
 // Plans fold and fold_gemm.
 void manifold_linear_fold_forward(const ManifoldLinearParams& p, Plan plan);
 void manifold_linear_fold_backward(const ManifoldLinearBackwardParams& q, Plan plan);

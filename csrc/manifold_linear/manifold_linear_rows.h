@@ -107,10 +107,17 @@ class RowOrder {
   bool in_place_;
 };
 
-/// The alignment of segments: AMX multiplies tiles of 16 columns no faster than those of 32, and often slower.
+/// The alignment of segments whose rows are columns of B: AMX multiplies tiles of 16 columns no faster than those of
+/// 32, and often slower.
 template <class T>
 int64_t row_alignment() {
   return has_matrix_unit<T>() ? 32 : 16;
+}
+
+/// Of segments whose rows are A, or the depth of a product.
+template <class T>
+int64_t depth_alignment() {
+  return has_matrix_unit<T>() ? 32 : even_depth<T>(1);
 }
 
 }  // namespace neuromod
