@@ -1,5 +1,7 @@
 // manifold_step_ on the CPU: chunks of the K basis points' gradients are mixed in cache and applied at once. Every
 // element of param and buffer is read and written once; the order of the sum over k is fixed.
+#include <algorithm>
+
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -9,11 +11,25 @@
 namespace neuromod {
 namespace {
 
+constexpr int64_t kChunk = 1024;                 // elements: a few of them in the first level of cache
+constexpr int64_t kCached = int64_t(4) << 20;    // bytes of a parameter
+constexpr int64_t kPiece = int64_t(32) << 10;    // bytes of a basis point, read from memory in one go,
+constexpr int64_t kPieces = int64_t(256) << 10;  // and of all, which stay in cache while they are mixed
+
+/// Elements of each basis point that are mixed at a time: of large parameters many, since every change from one basis
+/// point to another is a page that the processor does not foresee.
+template <class T>
+int64_t mixed_chunk(const ManifoldStepTensor& t) {
+  constexpr int64_t size = sizeof(T);
+  if (t.num_basis * t.length * size < kCached) return kChunk;
+  return std::clamp(kPieces / (t.num_basis * size), kChunk, kPiece / size);
+}
+
 template <class T>
 void step(const ManifoldStepTensor& t, const ManifoldStepNumbers& numbers) {
   using A = acc_t<T>;
-  constexpr int64_t chunk = 1024;
-  const int64_t K = t.num_basis, chunks = ceil_div(t.length, chunk);
+  const int64_t K = t.num_basis, chunk = t.metric_inverse ? mixed_chunk<T>(t) : kChunk;
+  const int64_t chunks = ceil_div(t.length, chunk);
   const auto apply = [&](int64_t j, int64_t first, int64_t n, const A* gradient) {
     vectors<T>().step(numbers, n, gradient, t.param.at<T>(j, first), t.buffer ? t.buffer.at<T>(j, first) : nullptr);
   };
