@@ -70,8 +70,11 @@ class Ops final : public VectorOps<T> {
       product_columns<2>(rows, depth, a, row, step, b + n, ldb, c + n, ldc);
     for (; n + kLanes<A> <= cols; n += kLanes<A>) product_columns<1>(rows, depth, a, row, step, b + n, ldb, c + n, ldc);
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = n; j < cols; ++j)
-        for (int64_t d = 0; d < depth; ++d) c[r * ldc + j] += wide(a[r * row + d * step]) * wide(b[d * ldb + j]);
+      for (int64_t j = n; j < cols; ++j) {
+        A sum = c[r * ldc + j];
+        for (int64_t d = 0; d < depth; ++d) sum += wide(a[r * row + d * step]) * wide(b[d * ldb + j]);
+        c[r * ldc + j] = sum;
+      }
   }
 
   void transpose(int64_t rows, int64_t depth, const T* const* from, T* to, int64_t stride) const override {
