@@ -27,6 +27,17 @@ def test_a_vertex_is_its_basis_point(dtype) -> None:
     assert torch.equal(MF.interpolate_weights(P, torch.eye(4, dtype=wide(dtype))), P)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("samples", [1, 40])
+def test_every_half_number(dtype, samples) -> None:
+    """Each number, times any coefficient, is rounded as torch rounds it; 40 weights fill 5 MB."""
+    P = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    c = Draw(f"halves/{samples}", dtype).coeff(samples, 1)
+    want = (c * P.float()).to(dtype)
+    out = MF.interpolate_weights(P[None], c)
+    torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_have_their_operands_dtype(dtype) -> None:
     d = Draw("dtype", dtype)

@@ -267,11 +267,17 @@ class Ops final : public VectorOps<T> {
 
   template <int64_t count>
   static void dots_of(int64_t n, const T* const* rows, const T* x, A* out) {
+    constexpr int64_t many = is_half_type<T> ? 2 : 1;
     Lanes<A> sum[count] = {};
     int64_t first = 0;
-    for (; first + kLanes<A> <= n; first += kLanes<A>) {
-      const Lanes<A> value = load(x + first);
-      for (int64_t j = 0; j < count; ++j) sum[j] += load(rows[j] + first) * value;
+    for (; first + many * kLanes<A> <= n; first += many * kLanes<A>) {
+      Lanes<A> right[many];
+      load_lanes<T, many>(x + first, right);
+      for (int64_t j = 0; j < count; ++j) {
+        Lanes<A> left[many];
+        load_lanes<T, many>(rows[j] + first, left);
+        for (int64_t i = 0; i < many; ++i) sum[j] += left[i] * right[i];
+      }
     }
     for (int64_t j = 0; j < count; ++j) {
       out[j] = sum_of(sum[j]);
@@ -295,17 +301,18 @@ class Ops final : public VectorOps<T> {
   template <int64_t many, bool streamed, class To>
   static void mix_lanes(int64_t first, int64_t terms, const A* c, const T* const* rows, To* to) {
     Lanes<A> sum[many] = {};
-    for (int64_t j = 0; j < terms; ++j)
-      for (int64_t i = 0; i < many; ++i) sum[i] += load(rows[j] + first + i * kLanes<A>) * c[j];
-    A sums[many * kLanes<A>];
-    __builtin_memcpy(sums, sum, sizeof(sum));
+    for (int64_t j = 0; j < terms; ++j) {
+      Lanes<A> values[many];
+      load_lanes<To, many>(rows[j] + first, values);
+      for (int64_t i = 0; i < many; ++i) sum[i] += values[i] * c[j];
+    }
     if constexpr (streamed) {
       alignas(kStreamed) To values[many * kLanes<A>];
-      for (int64_t i = 0; i < many * kLanes<A>; ++i) values[i] = rounded<To>(sums[i]);
+      store_lanes<many>(sum, values);
       for (size_t i = 0; i < sizeof(values); i += kStreamed)
         stream(reinterpret_cast<char*>(to + first) + i, reinterpret_cast<const char*>(values) + i);
     } else {
-      for (int64_t i = 0; i < many * kLanes<A>; ++i) to[first + i] = rounded<To>(sums[i]);
+      store_lanes<many>(sum, to + first);
     }
   }
 
@@ -314,8 +321,13 @@ class Ops final : public VectorOps<T> {
     constexpr int64_t many = 4;
     Lanes<A> sum[many] = {};
     int64_t first = 0;
-    for (; first + many * kLanes<A> <= n; first += many * kLanes<A>)
-      for (int64_t i = 0; i < many; ++i) sum[i] += load(a + first + i * kLanes<A>) * load(b + first + i * kLanes<A>);
+    for (; first + many * kLanes<A> <= n; first += many * kLanes<A>) {
+      Lanes<A> left[many], right[many];
+      using Order = std::conditional_t<std::is_same_v<U, T>, T, A>;
+      load_lanes<Order, many>(a + first, left);
+      load_lanes<Order, many>(b + first, right);
+      for (int64_t i = 0; i < many; ++i) sum[i] += left[i] * right[i];
+    }
     for (; first + kLanes<A> <= n; first += kLanes<A>) sum[0] += load(a + first) * load(b + first);
     A total = sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
     for (; first < n; ++first) total += wide(a[first]) * wide(b[first]);

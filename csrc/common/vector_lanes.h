@@ -89,6 +89,50 @@ inline Lanes<acc_t<T>> load(const T* from) {
   }
 }
 
+/// Whether so many registers of sums for elements of type T hold the elements at even places in the first of two
+/// registers and those at odd places in the second: a shift or a mask takes the place of a conversion between widths.
+template <class T, int64_t many>
+constexpr bool kInPairs = std::is_same_v<T, BFloat16> && many % 2 == 0;
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+
+/// So many registers of elements in a row, in the order of sums for type To.
+template <class To, int64_t many, class T>
+inline void load_lanes(const T* from, Lanes<acc_t<T>>* to) {
+  if constexpr (kInPairs<To, many>) {
+    static_assert(std::is_same_v<T, To>);
+    for (int64_t i = 0; i < many; i += 2) {
+      const auto pairs = load_as<Lanes<uint32_t>>(from + i * kLanes<float>);
+      to[i] = bits_as<Lanes<float>>(pairs << 16);
+      to[i + 1] = bits_as<Lanes<float>>(pairs & 0xffff0000u);
+    }
+  } else {
+    for (int64_t i = 0; i < many; ++i) to[i] = load(from + i * kLanes<acc_t<T>>);
+  }
+}
+
+/// So many registers of sums, rounded to elements.
+template <int64_t many, class T>
+inline void store_lanes(const Lanes<acc_t<T>>* from, T* to) {
+  constexpr int64_t lanes = kLanes<acc_t<T>>;
+  if constexpr (kInPairs<T, many>) {
+    const auto nearest = [](Lanes<float> x) __attribute__((always_inline)) {
+      const auto bits = bits_as<Lanes<uint32_t>>(x);
+      const Lanes<uint32_t> rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+      return x != x ? Lanes<uint32_t>{} + 0x7fc00000u : rounded;
+    };
+    for (int64_t i = 0; i < many; i += 2) {
+      const Lanes<uint32_t> pairs = (nearest(from[i]) >> 16) | (nearest(from[i + 1]) & 0xffff0000u);
+      __builtin_memcpy(to + i * lanes, &pairs, sizeof(pairs));
+    }
+  } else if constexpr (std::is_same_v<T, acc_t<T>>) {
+    __builtin_memcpy(to, from, many * sizeof(*from));
+  } else {
+    acc_t<T> sums[many * lanes];
+    __builtin_memcpy(sums, from, sizeof(sums));
+    for (int64_t i = 0; i < many * lanes; ++i) to[i] = rounded<T>(sums[i]);
+  }
+}
+
 /// Writes so many bytes, as aligned, past the caches; other threads may see them after the fence.
 constexpr size_t kStreamed = 64;
 inline void stream(void* to, const void* from) {
