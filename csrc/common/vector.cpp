@@ -219,22 +219,9 @@ class Ops final : public VectorOps<T> {
     }
   }
 
-  void step(const ManifoldStepNumbers& p, int64_t n, const A* gradient, T* param, T* buffer) const override {
-    const ManifoldStepRule<A> rule(p);
-    if (buffer) {
-      for (int64_t i = 0; i < n; ++i) {
-        A value = wide(param[i]), m = wide(buffer[i]);
-        rule.apply(gradient[i], value, &m);
-        buffer[i] = rounded<T>(m);
-        param[i] = rounded<T>(value);
-      }
-    } else {
-      for (int64_t i = 0; i < n; ++i) {
-        A value = wide(param[i]);
-        rule.apply(gradient[i], value, nullptr);
-        param[i] = rounded<T>(value);
-      }
-    }
+  void step(const ManifoldStepNumbers& p, int64_t n, int64_t terms, const A* c, const T* const* rows, T* param,
+            T* buffer) const override {
+    (buffer ? step_rows<true> : step_rows<false>)(ManifoldStepRule<A>(p), n, terms, c, rows, param, buffer);
   }
 
  private:
@@ -292,20 +279,26 @@ class Ops final : public VectorOps<T> {
     for (; first + many * kLanes<A> <= n; first += many * kLanes<A>)
       mix_lanes<many, streamed>(first, terms, c, rows, to);
     for (; first + kLanes<A> <= n; first += kLanes<A>) mix_lanes<1, false>(first, terms, c, rows, to);
-    for (; first < n; ++first) {
-      A sum = 0;
-      for (int64_t j = 0; j < terms; ++j) sum += c[j] * wide(rows[j][first]);
-      to[first] = rounded<To>(sum);
-    }
+    for (; first < n; ++first) to[first] = rounded<To>(mixed(first, terms, c, rows));
   }
-  template <int64_t many, bool streamed, class To>
-  static void mix_lanes(int64_t first, int64_t terms, const A* c, const T* const* rows, To* to) {
-    Lanes<A> sum[many] = {};
+  static A mixed(int64_t i, int64_t terms, const A* c, const T* const* rows) {
+    A sum = 0;
+    for (int64_t j = 0; j < terms; ++j) sum += c[j] * wide(rows[j][i]);
+    return sum;
+  }
+  /// Those of the elements from `first`, in the order of sums for type To, added.
+  template <class To, int64_t many>
+  static void add_mixed(int64_t first, int64_t terms, const A* c, const T* const* rows, Lanes<A>* sum) {
     for (int64_t j = 0; j < terms; ++j) {
       Lanes<A> values[many];
       load_lanes<To, many>(rows[j] + first, values);
       for (int64_t i = 0; i < many; ++i) sum[i] += values[i] * c[j];
     }
+  }
+  template <int64_t many, bool streamed, class To>
+  static void mix_lanes(int64_t first, int64_t terms, const A* c, const T* const* rows, To* to) {
+    Lanes<A> sum[many] = {};
+    add_mixed<To, many>(first, terms, c, rows, sum);
     if constexpr (streamed) {
       alignas(kStreamed) To values[many * kLanes<A>];
       store_lanes<many>(sum, values);
@@ -313,6 +306,28 @@ class Ops final : public VectorOps<T> {
         stream(reinterpret_cast<char*>(to + first) + i, reinterpret_cast<const char*>(values) + i);
     } else {
       store_lanes<many>(sum, to + first);
+    }
+  }
+
+  template <bool buffered>
+  static void step_rows(const ManifoldStepRule<A>& rule, int64_t n, int64_t terms, const A* c, const T* const* rows,
+                        T* param, T* buffer) {
+    constexpr int64_t many = 2;
+    int64_t first = 0;
+    for (; first + many * kLanes<A> <= n; first += many * kLanes<A>) {
+      Lanes<A> sum[many] = {}, value[many], m[many];
+      add_mixed<T, many>(first, terms, c, rows, sum);
+      load_lanes<T, many>(param + first, value);
+      if constexpr (buffered) load_lanes<T, many>(buffer + first, m);
+      for (int64_t i = 0; i < many; ++i) rule.apply(sum[i], value[i], buffered ? &m[i] : nullptr);
+      if constexpr (buffered) store_lanes<many>(m, buffer + first);
+      store_lanes<many>(value, param + first);
+    }
+    for (; first < n; ++first) {
+      A value = wide(param[first]), m = buffered ? wide(buffer[first]) : A(0);
+      rule.apply(mixed(first, terms, c, rows), value, buffered ? &m : nullptr);
+      if constexpr (buffered) buffer[first] = rounded<T>(m);
+      param[first] = rounded<T>(value);
     }
   }
 

@@ -69,8 +69,10 @@ class VectorOps {
   /// to[n][r] = T(sum[r][n])
   virtual void narrow_transposed(int64_t rows, int64_t cols, int64_t stride, const A* sum, T* const* to) const = 0;
 
-  /// manifold_step_ on n elements of a parameter and its buffer, or null, from their preconditioned gradient.
-  virtual void step(const ManifoldStepNumbers& p, int64_t n, const A* gradient, T* param, T* buffer) const = 0;
+  /// manifold_step_ on n elements of a parameter and its buffer, or null: their preconditioned gradient is
+  /// sum_j c[j] rows[j][i], j in order.
+  virtual void step(const ManifoldStepNumbers& p, int64_t n, int64_t terms, const A* c, const T* const* rows, T* param,
+                    T* buffer) const = 0;
 
  protected:
   ~VectorOps() = default;

@@ -125,7 +125,7 @@ inline void store_lanes(const Lanes<acc_t<T>>* from, T* to) {
       __builtin_memcpy(to + i * lanes, &pairs, sizeof(pairs));
     }
   } else if constexpr (std::is_same_v<T, acc_t<T>>) {
-    __builtin_memcpy(to, from, many * sizeof(*from));
+    for (int64_t i = 0; i < many; ++i) __builtin_memcpy(to + i * lanes, &from[i], sizeof(*from));
   } else {
     acc_t<T> sums[many * lanes];
     __builtin_memcpy(sums, from, sizeof(sums));

@@ -8,20 +8,18 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/prefetch.h"
 #include "common/scratch.h"
 #include "common/tile_product.h"
 #include "manifold_linear/manifold_linear_plan.h"
 
 namespace neuromod {
 
-/// Fetches pieces of rows while something else is computed; they lie too far apart for the processor to foresee them.
-/// GCC takes a function that does nothing else for one without effect, and leaves out its calls: hence the empty asm.
+/// Fetches pieces of rows, which lie too far apart for the processor to foresee them.
 template <class T>
 void prefetch(T* const* rows, int64_t count, int64_t length) {
-  constexpr int64_t line = 64 / sizeof(T);
-  asm volatile("");
   for (int64_t r = 0; r < count; ++r)
-    for (int64_t i = 0; i < length && rows[r]; i += line) __builtin_prefetch(rows[r] + i, !std::is_const_v<T>);
+    if (rows[r]) prefetch(rows[r], length);
 }
 
 class RowOrder {

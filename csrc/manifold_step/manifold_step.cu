@@ -51,7 +51,7 @@ __device__ __forceinline__ void step_tile(const ManifoldStepTensor& p, const Man
         if (p.buffer) {
           rule.apply(d[r][v], value, &m);
         } else {
-          rule.apply(d[r][v], value, nullptr);
+          rule.apply(d[r][v], value, static_cast<Acc*>(nullptr));
         }
         d[r][v] = value;
         new_buffer[v] = m;  // an array whose address is taken would leave the registers

@@ -36,7 +36,7 @@ struct ManifoldStepParams {
 void manifold_step_cpu(const ManifoldStepParams& p);
 int launch_manifold_step(const ManifoldStepParams& p, stream_t stream);
 
-/// The update of one element, shared by every backend.
+/// The update of an element, shared by every backend.
 template <class Acc>
 struct ManifoldStepRule {
   Acc lr, momentum, undamped, weight_decay;
@@ -51,8 +51,9 @@ struct ManifoldStepRule {
         maximize(p.maximize),
         first_step(p.first_step) {}
 
-  /// `d` is the preconditioned gradient; `m` the element of the buffer, or null.
-  NEUROMOD_HOST_DEVICE void apply(Acc d, Acc& param, Acc* m) const {
+  /// `d` is the preconditioned gradient; `m` the element of the buffer, or null. Or registers of many of them.
+  template <class Value>
+  NEUROMOD_HOST_DEVICE void apply(Value d, Value& param, Value* m) const {
     d = (maximize ? -d : d) + weight_decay * param;
     if (m) {
       *m = first_step ? d : momentum * *m + undamped * d;
