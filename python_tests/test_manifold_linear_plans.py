@@ -76,10 +76,7 @@ def test_fuzz(name: str, dtype: torch.dtype, forced: str, cases: int) -> None:
         verify(name, OPS[name].draw(draw, 50_000), draw)
 
 
-@every_way
-@pytest.mark.parametrize("sizes", RAGGED, ids=lambda s: f"{s[0]}-{s[1]}-{s[2:]}")
-@every_plan
-def test_ragged(sizes, dtype: torch.dtype, forced: str) -> None:
+def verify_ragged(sizes, dtype: torch.dtype) -> None:
     B, middle, K, O, I = sizes
     for name, roles in ROLES.items():
         draw = Draw(f"ragged/{sizes}/{name}/{name_of(dtype)}", dtype)
@@ -89,6 +86,22 @@ def test_ragged(sizes, dtype: torch.dtype, forced: str) -> None:
         if "i" not in roles:
             call.tensors[roles.index("c")] = draw.coeff(B, K)
         verify(name, call, draw)
+
+
+@every_way
+@pytest.mark.parametrize("sizes", RAGGED, ids=lambda s: f"{s[0]}-{s[1]}-{s[2:]}")
+@every_plan
+def test_ragged(sizes, dtype: torch.dtype, forced: str) -> None:
+    verify_ragged(sizes, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@every_plan
+def test_without_onednn(dtype: torch.dtype, forced: str) -> None:
+    """Its products are used where they may be; while it is switched off, others serve."""
+    for enabled in (True, False, True):
+        with torch.backends.mkldnn.flags(enabled=enabled):
+            verify_ragged((70, (3,), 2, 130, 31), dtype)
 
 
 @every_way
