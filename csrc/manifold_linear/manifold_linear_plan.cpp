@@ -49,8 +49,8 @@ namespace epyc {
 constexpr Costs float64{2.5e-11, 2.8e-11, 4.3e-11, 1.4e-10, 3.5e-10, 8e-10, 6e-11, 2e-10, 2e-10, 2e-6, 3e-6, 9e-10};
 constexpr Costs float32{1.1e-11, 7.8e-12, 3.5e-11, 4.2e-11, 5.2e-11, 9.1e-11,
                         4.2e-11, 8e-11,   7.1e-11, 1.5e-6,  1e-6,    4.3e-10};
-constexpr Costs pairs{5.8e-12, 4.6e-12, 7.5e-12, 5.2e-11, 6.9e-11, 3e-11,
-                      2.2e-11, 8.5e-11, 5.7e-11, 1.5e-5,  1e-6,    3.1e-10};
+constexpr Costs pairs{5.8e-12, 4.6e-12, 7.5e-12, 3.2e-11, 9e-11, 8e-11,
+                      2.2e-11, 8.5e-11, 5.7e-11, 1.5e-5,  1e-6,  3.1e-10};
 constexpr Costs widened{1.4e-11, 1.2e-11, 9.7e-11, 1e-10,  1.1e-10, 3e-11,
                         8e-11,   3.2e-11, 6.3e-11, 9.4e-6, 1e-6,    5.3e-10};
 }  // namespace epyc
