@@ -62,8 +62,16 @@ inline void transpose_slice(int64_t rows, int64_t first, int64_t last, From from
       all = all && source[i];
     }
     if (!all) break;
+    const char* next[side];  // what follows is fetched meanwhile: of so many rows the processor foresees little
+    for (int i = 0; i < side; ++i) {
+      const bool more = r + 2 * side <= rows;
+      const auto row = reinterpret_cast<const char*>(from(more ? r + side + i : i));
+      next[i] = row ? row + (more ? 0 : (last - first) * int64_t(sizeof(Word))) : source[i];
+    }
     int64_t d = first;
     for (; d + side <= last; d += side) {
+      constexpr int64_t line = 64 / sizeof(Word);
+      for (int i = 0; i < side && d % line == 0; ++i) __builtin_prefetch(next[i] + d * int64_t(sizeof(Word)));
       Row block[side];
       for (int i = 0; i < side; ++i) block[i] = load_as<Row>(source[i] + d * int64_t(sizeof(Word)));
       Block<Word>::transpose(block);

@@ -144,7 +144,10 @@ class RowsPass {
       for (int64_t n = 0; n < depth; n += step) {
         for (int64_t w = 0; w < b.wide; ++w) {
           const int64_t count = std::min(step, depth - n);
-          for (int64_t i = 0; i < count; ++i) rows[i] = p_.basis.at<T>(k, d + n + i, (b.col_tile + w) * kTile);
+          for (int64_t i = 0; i < count; ++i) {
+            rows[i] = p_.basis.at<T>(k, d + n + i, (b.col_tile + w) * kTile);
+            if (n + step + i < depth) prefetch(rows[i] + step * p_.basis.stride[1], cols(w));
+          }
           pack_columns<T>(count, rows.data(), cols(w), panels + w * panel + n * kTile);
         }
       }
