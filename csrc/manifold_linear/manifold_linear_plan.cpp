@@ -46,7 +46,7 @@ constexpr Costs float16{2.1e-11, 2.1e-11, 2.0e-11, 4.1e-10, 4.8e-10, 2.5e-10, 2.
 }  // namespace xeon
 
 namespace epyc {
-constexpr Costs float64{2.5e-11, 2.8e-11, 4.3e-11, 1.4e-10, 3.5e-10, 8e-10, 6e-11, 2e-10, 2e-10, 2e-6, 3e-6, 9e-10};
+constexpr Costs float64{2.5e-11, 2.8e-11, 4.3e-11, 1.4e-10, 3.5e-10, 8e-10, 6.2e-11, 1.4e-10, 2e-10, 2e-6, 3e-6, 9e-10};
 constexpr Costs float32{1.1e-11, 7.8e-12, 3.5e-11, 4.2e-11, 5.2e-11, 9.1e-11,
                         4.2e-11, 8e-11,   7.1e-11, 1.5e-6,  1e-6,    4.3e-10};
 constexpr Costs pairs{5.8e-12, 4.6e-12, 7.5e-12, 3.2e-11, 9e-11, 8e-11,
@@ -73,6 +73,7 @@ Costs costs(DType dtype) {
 
 constexpr double kAlign = 16;            // rows of a segment are padded to this
 constexpr int64_t kMostStreamRows = 16;  // partial sums of plan stream grow with the rows
+constexpr double kLeastGemmRows = 8;     // two take MKL as long, where it is not native; one is another routine
 constexpr int64_t kMostPairRows = 256;   // beyond which torch's product of bfloat16 pairs is slower than tiles
 constexpr Plan kPlans[] = {Plan::expand, Plan::fold, Plan::stream, Plan::fold_gemm, Plan::expand_gemm};
 
@@ -106,6 +107,10 @@ bool possible(const ManifoldLinearParams& p, Pass pass, Plan plan) {
 }
 
 double padded(double rows) { return std::ceil(rows / kAlign) * kAlign; }
+
+double multiplied_by_gemm(double rows) {
+  return rows <= 1 || torch_product_is_native() ? rows : std::max(rows, kLeastGemmRows);
+}
 
 double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
   const Costs cost = costs(p.dtype);
@@ -144,7 +149,7 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
         once = 3 * cost.call;
         break;
       }
-      element += products * (rows * terms * cost.gemm + points * cost.pack);
+      element += products * (multiplied_by_gemm(rows) * terms * cost.gemm + points * cost.pack);
       once = segment_calls;
       break;
   }
