@@ -127,6 +127,16 @@ def test_one_table_holds_several_runs(record: dict[str, Any]) -> None:
     assert any(row[-2] == row[-4] != "" for row in cells)
 
 
+def test_columns_keep_their_order(record: dict[str, Any]) -> None:
+    """Whichever dtype was measured first."""
+
+    def head(cases: list[dict[str, Any]]) -> str:
+        lines = report.markdown([record | {"cases": cases}]).splitlines()
+        return next(line for line in lines if line.startswith("| op |"))
+
+    assert head(record["cases"]) == head(record["cases"][::-1])
+
+
 def test_readme_holds_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text()
     between = text.partition(report.BEGIN)[2].partition(report.END)[0]

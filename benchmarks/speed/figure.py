@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.speed.problem import BACKWARD, FORWARD
-from benchmarks.speed.report import label, thread_counts, where
+from benchmarks.speed.report import dtypes, label, thread_counts, where
 from benchmarks.speed.results import Json
 
 if TYPE_CHECKING:
@@ -27,8 +27,12 @@ def draw(record: Json) -> Figure:
     """Bars from 1.0, to the right where the library is faster; a panel by dtype and direction."""
     places, headings = _layout(record)
     found = {(case["dtype"], case["direction"]) for case in record["cases"]}
-    dtypes = dict.fromkeys(case["dtype"] for case in record["cases"])
-    columns = [(d, way) for d in dtypes for way in (FORWARD, BACKWARD) if (d, way) in found]
+    columns = [
+        (d, way)
+        for d in dtypes(record["cases"])
+        for way in (FORWARD, BACKWARD)
+        if (d, way) in found
+    ]
     rows = len(places) + len(headings)
     size = (max(3.2 + 2.4 * len(columns), LEAST_WIDTH), 1.9 + ROW * rows)
     figure = Figure(figsize=size, layout="constrained")

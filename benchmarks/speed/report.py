@@ -158,6 +158,12 @@ def _mean(ratios: list[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
+def dtypes(cases: Iterable[Json]) -> list[str]:
+    """Theirs, in the same order whichever was measured first."""
+    order = ("float32", "bfloat16", "float16", "float64")
+    return sorted({case["dtype"] for case in cases}, key=order.index)
+
+
 def markdown(records: Sequence[Json]) -> str:
     """The README's table: every case of each run at its least number of threads."""
     marks = [f"{chr(ord('A') + i)} " if len(records) > 1 else "" for i in range(len(records))]
@@ -167,7 +173,7 @@ def markdown(records: Sequence[Json]) -> str:
     for mark, record in zip(marks, records, strict=True):
         number = thread_counts(record)[0]
         cases = [case for case in record["cases"] if case["threads"] == number]
-        for dtype in dict.fromkeys(case["dtype"] for case in cases):
+        for dtype in dtypes(cases):
             heads |= dict.fromkeys(_head(mark, dtype, way) for way in (FORWARD, BACKWARD))
         for case in cases:
             cells = rows.setdefault((case["bench"], label(case)), {})
