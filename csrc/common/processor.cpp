@@ -1,6 +1,5 @@
 #include "common/processor.h"
 
-#include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <exception>
@@ -23,7 +22,7 @@ bool multiplies_pairs() {
   try {
     at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, a, b, &c, true);
     at::native::cpublas::brgemm_release(true);
-  } catch (const std::exception&) {  // oneDNN is kept from AVX-512
+  } catch (const std::exception&) {  // oneDNN is switched off, or kept from AVX-512
     return false;
   }
   return c == 11;
@@ -36,7 +35,6 @@ bool multiplies_pairs() {
 
 template <>
 HalfTiles half_tiles<BFloat16>() {
-  if (!at::globalContext().userEnabledMkldnn()) return HalfTiles::widened;
   static const HalfTiles tiles = at::native::cpublas::could_pack(at::kBFloat16) ? HalfTiles::matrix_unit
                                  : multiplies_pairs()                           ? HalfTiles::pairs
                                                                                 : HalfTiles::widened;
@@ -45,7 +43,6 @@ HalfTiles half_tiles<BFloat16>() {
 
 template <>
 HalfTiles half_tiles<Float16>() {
-  if (!at::globalContext().userEnabledMkldnn()) return HalfTiles::widened;
   static const HalfTiles tiles =
       at::native::cpublas::could_pack(at::kHalf) ? HalfTiles::matrix_unit : HalfTiles::widened;
   return tiles;

@@ -14,7 +14,7 @@ enum class HalfTiles : int8_t {
   matrix_unit,  ///< by AMX, from the same layout, 32 deep
 };
 
-/// Found out once; widened while torch.backends.mkldnn is switched off.
+/// Found out once: how operands are packed does not follow a switch that another thread may turn meanwhile.
 template <class T>
 HalfTiles half_tiles();
 template <>

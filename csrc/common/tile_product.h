@@ -3,6 +3,7 @@
 // which brgemm lacks, by a row operation.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -114,7 +115,25 @@ void release_tiles() {
   if constexpr (!std::is_same_v<T, double>) at::native::cpublas::brgemm_release(interleaved<T>());
 }
 
-/// tile_product of half types as float32, so deep at a time that the copies stay in cache.
+/// Rows [d, d + length) of B, of which d is even, as float32, rows of `cols`.
+template <class T>
+void widen_right(int64_t d, int64_t length, int64_t cols, Tile<T> b, float* to) {
+  if (!interleaved<T>()) {
+    for (int64_t i = 0; i < length; ++i) vectors<T>().widen(cols, b.data + (d + i) * b.stride, to + i * cols);
+    return;
+  }
+  const Scratch<float> pairs(2 * cols);
+  for (int64_t i = 0; i < length; i += 2) {  // b's depth is even
+    vectors<T>().widen(2 * cols, b.data + (d + i) * b.stride, pairs.data());
+    for (int64_t n = 0; n < cols; ++n) {
+      to[i * cols + n] = pairs[2 * n];
+      to[(i + 1) * cols + n] = pairs[2 * n + 1];
+    }
+  }
+}
+
+/// tile_product of half types as float32, so deep at a time that the copies stay in cache; an interleaved depth is
+/// even.
 template <class T>
 void widened_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<T> b, float* c, int64_t ldc,
                      bool accumulate) {
@@ -123,7 +142,7 @@ void widened_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<
   for (int64_t d = 0; d < depth; d += most) {
     const int64_t length = std::min(most, depth - d);
     for (int64_t r = 0; r < rows; ++r) vectors<T>().widen(length, a.data + r * a.stride + d, left.data() + r * stride);
-    for (int64_t i = 0; i < length; ++i) vectors<T>().widen(cols, b.data + (d + i) * b.stride, right.data() + i * cols);
+    widen_right(d, length, cols, b, right.data());
     at::native::cpublas::brgemm(rows, cols, length, stride, cols, ldc, accumulate || d > 0, left.data(), right.data(),
                                 c, false);
   }
@@ -142,7 +161,8 @@ void tile_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<T> 
     vectors<T>().add_product(rows, cols, depth, a.data, a.stride, 1, b.data, b.stride, c, ldc);
   } else {
     if constexpr (is_half_type<T>)
-      if (!interleaved<T>()) return widened_product(rows, cols, depth, a, b, c, ldc, accumulate);
+      if (!interleaved<T>() || !at::globalContext().userEnabledMkldnn())
+        return widened_product(rows, cols, even_depth<T>(depth), a, b, c, ldc, accumulate);
     using Torch = typename detail::TorchType<T>::type;
     at::native::cpublas::brgemm(rows, cols, even_depth<T>(depth), a.stride, b.stride, ldc, accumulate,
                                 reinterpret_cast<const Torch*>(a.data), reinterpret_cast<const Torch*>(b.data), c,

@@ -98,8 +98,8 @@ bool possible(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       return gemm_is_exact(p, pass);
     case Plan::expand_gemm:
       if (p.dtype == DType::bfloat16)  // an update rounds what plan expand rounds; AMX multiplies tiles faster
-        return half_tiles<BFloat16>() == HalfTiles::pairs && pass == Pass::update && p.tokens == 1 && !p.index &&
-               p.batch <= kMostPairRows;
+        return half_tiles<BFloat16>() == HalfTiles::pairs && at::globalContext().userEnabledMkldnn() &&
+               pass == Pass::update && p.tokens == 1 && !p.index && p.batch <= kMostPairRows;
       return p.dtype != DType::float16 && gemm_is_exact(p, pass) && (p.tokens == 1 || p.index);
     default:
       return true;
