@@ -135,6 +135,15 @@ def test_many_rows(dtype: torch.dtype, forced: str) -> None:
         verify(name, call, draw)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
+@pytest.mark.parametrize("plan", ["expand", "stream"])
+@pytest.mark.parametrize("K, I", [(9, 1024), (8, 1057)])
+def test_few_rows_of_many_weights(K: int, I: int, dtype: torch.dtype, forced: str) -> None:
+    """More than the caches keep."""
+    draw = Draw(f"few rows/{K}/{name_of(dtype)}", dtype)
+    verify("manifold_linear", linear_call(draw, "xPcb", 3, (), K, 1027, I, bias=True), draw)
+
+
 @every_plan
 @pytest.mark.parametrize("strides", [(1, 1, 1), (5, 1, 1), (1, 5, 1)])
 def test_single_rows_of_any_stride(strides: tuple[int, int, int], forced: str) -> None:

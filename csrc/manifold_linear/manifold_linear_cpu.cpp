@@ -22,6 +22,8 @@ class Expand {
   static constexpr int64_t kBlock = 8;     // row tiles that see a tile of P before it leaves the cache
   static constexpr int64_t kDepth = 1024;  // of a product that is taken at a time: what it reads stays in cache
   static constexpr int64_t kPackedBytes = int64_t(8) << 20;
+  static constexpr int64_t kFewRows = 16;
+  static constexpr int64_t kMemoryBytes = int64_t(16) << 20;  // more than cores keep of P
 
  public:
   explicit Expand(const ManifoldLinearParams& p)
@@ -63,39 +65,54 @@ class Expand {
     complete_panel(p_.in_features, panel, kNarrowTile);
   }
 
-  /// Rows of P as brgemm can read them: in place unless their depth must be completed.
-  Tile<T> weight(int64_t k, int64_t first, int64_t outs, T* copy) const {
-    const T* rows = p_.basis.at<T>(k, first);
-    if (depth_ == p_.in_features) return {rows, p_.basis.stride[1]};
+  /// Whether P comes from memory to so few columns of pairs that a product reads many of its rows side by side, which
+  /// no processor foresees.
+  bool from_memory() const {
+    const int64_t bytes = p_.num_basis * p_.out_features * p_.in_features * int64_t(sizeof(T));
+    return interleaved<T>() && !has_matrix_unit<T>() && p_.rows() <= kFewRows && bytes >= kMemoryBytes;
+  }
+  /// Then rows are copied before they are multiplied, and where their depth must be completed.
+  bool copies() const { return depth_ != p_.in_features || from_memory(); }
+  /// Their distance: off powers of two.
+  int64_t copy_stride() const { return std::min(kDepth, depth_) + 64 / int64_t(sizeof(T)); }
+
+  /// `depth` columns of rows of P from d on, as brgemm can read them.
+  Tile<T> weight(int64_t k, int64_t first, int64_t outs, int64_t d, int64_t depth, T* copy) const {
+    if (!copies()) return {p_.basis.at<T>(k, first, d), p_.basis.stride[1]};
+    const int64_t ahead = from_memory() ? 8 : outs;
     for (int64_t o = 0; o < outs; ++o) {
-      T* const end = std::copy_n(rows + o * p_.basis.stride[1], p_.in_features, copy + o * depth_);
-      std::fill(end, copy + (o + 1) * depth_, T{});
+      const T* const row = p_.basis.at<T>(k, first + o, d);
+      if (o + ahead < outs) prefetch(row + ahead * p_.basis.stride[1], depth);
+      T* const to = copy + o * copy_stride();
+      std::fill(std::copy_n(row, depth, to), to + packed_depth<T>(depth), T{});
     }
-    return {copy, depth_};
+    return {copy, copy_stride()};
   }
 
   void expanded(int64_t out_tile, int64_t first, int64_t count, const T* panels) const {
     const int64_t out_first = out_tile * kTile, outs = tile_size(out_tile, p_.out_features);
     const int64_t area = kTile * kNarrowTile;
     const Scratch<A> products(count * area), sums(count * area);
-    const Scratch<T> copy(depth_ == p_.in_features ? 0 : kTile * depth_);
+    const Scratch<T> copy(copies() ? kTile * copy_stride() : 0);
     std::array<bool, kBlock> started = {};
     A c[kNarrowTile], bias[kTile];
     for (int64_t k = 0; k < p_.num_basis; ++k) {
-      const auto uses = [&](int64_t i) { return rows_.entry(tiles_[first + i].segment, k) < p_.num_local; };
-      Tile<T> basis = {nullptr, 0};
+      std::array<int64_t, kBlock> used;
+      int64_t uses = 0;
+      for (int64_t i = 0; i < count; ++i)
+        if (rows_.entry(tiles_[first + i].segment, k) < p_.num_local) used[uses++] = i;
+      if (uses == 0) continue;
+      if (p_.bias) vectors<T>().widen(outs, p_.bias.at<T>(k, out_first), bias);
       for (int64_t d = 0; d == 0 || d < p_.in_features; d += kDepth) {
-        for (int64_t i = 0; i < count; ++i) {
-          if (!uses(i)) continue;
+        const int64_t depth = std::min(kDepth, p_.in_features - d);
+        const Tile<T> basis = weight(k, out_first, outs, d, depth, copy.data());
+        for (int64_t n = 0; n < uses; ++n) {
+          const int64_t i = used[n];
           const RowTile& tile = tiles_[first + i];
-          const int64_t width = rows_.padded(tile.count), depth = packed_depth<T>(std::min(kDepth, p_.in_features - d));
-          if (!basis.data) {
-            basis = weight(k, out_first, outs, copy.data());
-            if (p_.bias) vectors<T>().widen(outs, p_.bias.at<T>(k, out_first), bias);
-          }
-          const Tile<T> x = {panels + i * panel_ + d * kNarrowTile, kNarrowTile};
+          const int64_t width = rows_.padded(tile.count);
           A* const product = products.data() + i * area;
-          tile_product<T>(outs, width, depth, {basis.data + d, basis.stride}, x, product, kNarrowTile, d > 0);
+          tile_product<T>(outs, width, packed_depth<T>(depth), basis,
+                          {panels + i * panel_ + d * kNarrowTile, kNarrowTile}, product, kNarrowTile, d > 0);
           if (d + kDepth < p_.in_features) continue;
           rows_.coefficients(tile.first, width, rows_.entry(tile.segment, k), c);
           vectors<T>().mix_columns(outs, width, kNarrowTile, product, c, p_.bias ? bias : nullptr,
