@@ -15,12 +15,12 @@
 namespace neuromod {
 namespace {
 
-constexpr int64_t kEnoughParts = 16;                 // tiles and ranges of samples, for any number of threads
-constexpr int64_t kBlock = 256;                      // most rows and columns of a block
-constexpr int64_t kSums = int64_t(1) << 18;          // most sums of a block
-constexpr int64_t kChunkBytes = 1024;                // of a feature's tokens in one product, which so stay in cache
-constexpr int64_t kPackedBytes = int64_t(32) << 20;  // of packed tokens, or as many as dP has, if that is more,
-constexpr int64_t kMostBytes = int64_t(64) << 20;    // but at most so many
+constexpr int64_t kEnoughParts = 16;                // tiles and ranges of samples, for any number of threads
+constexpr int64_t kBlockIns = 512;                  // most columns of a block, which has one tile of rows
+constexpr int64_t kSums = int64_t(1) << 18;         // most sums of a block
+constexpr int64_t kChunkBytes = 1024;               // of a feature's tokens in one product, which so stay in cache
+constexpr int64_t kPackedBytes = int64_t(8) << 20;  // of packed tokens, or three times as many as dP has, if more,
+constexpr int64_t kMostBytes = int64_t(64) << 20;   // but at most so many
 constexpr int64_t kArea = kTile * kTile;
 
 template <class T>
@@ -30,11 +30,11 @@ class FoldOuter {
  public:
   explicit FoldOuter(const ManifoldLinearBackwardParams& q) : p_(q.p), q_(q) {
     // The first level of cache holds the sums where each token of a sample has little work, else the second.
-    if (p_.tokens <= kTile) block_outs_ = block_ins_ = kTile;
-    while (block_outs_ > kTile &&
-           (p_.num_basis * block_outs_ * block_ins_ > kSums || blocks() * parts_ < 2 * int64_t(at::get_num_threads())))
-      (block_ins_ >= block_outs_ ? block_ins_ : block_outs_) /= 2;
-    const int64_t bytes = std::clamp(size_ * int64_t(sizeof(A)), kPackedBytes, kMostBytes);
+    if (p_.tokens <= kTile) block_ins_ = kTile;
+    while (block_ins_ > kTile &&
+           (p_.num_basis * kTile * block_ins_ > kSums || blocks() * parts_ < 4 * int64_t(at::get_num_threads())))
+      block_ins_ /= 2;
+    const int64_t bytes = std::clamp(3 * size_ * int64_t(sizeof(A)), kPackedBytes, kMostBytes);
     const int64_t fitting = std::max<int64_t>(1, bytes / (int64_t(sizeof(T)) * std::max<int64_t>(1, chunk_size())));
     const int64_t most = std::max<int64_t>(1, fitting / std::max<int64_t>(1, chunks(p_.tokens)));
     group_samples_ = ceil_div(p_.batch, std::max<int64_t>(1, ceil_div(p_.batch, most)));
@@ -82,8 +82,7 @@ class FoldOuter {
   };
 
   static int64_t chunks(int64_t tokens) { return ceil_div(tokens, kChunk); }
-  int64_t out_blocks() const { return ceil_div(p_.out_features, block_outs_); }
-  int64_t blocks() const { return out_blocks() * std::max<int64_t>(1, ceil_div(p_.in_features, block_ins_)); }
+  int64_t blocks() const { return out_tiles_ * std::max<int64_t>(1, ceil_div(p_.in_features, block_ins_)); }
   bool with_products() const { return q_.grad_basis || q_.grad_coeff; }
 
   // A chunk: g turned over, [O, left_stride()], then x in panels as wide as a tile.
@@ -124,13 +123,12 @@ class FoldOuter {
   void add_group(const Group& group, A* sums, A* bias, A* coeff) const {
     const int64_t O = p_.out_features, I = p_.in_features, samples = group.last - group.first;
     const int64_t each = ceil_div(samples, parts_);
-    const double seconds = 2e-11 * double(block_outs_ * block_ins_) * double(each * (group.end - group.begin));
+    const double seconds = 2e-11 * double(kTile * block_ins_) * double(each * (group.end - group.begin));
     parallel_ranges(blocks() * parts_, seconds, [&](int64_t begin, int64_t end) {
       for (int64_t job = begin; job < end; ++job) {
         const int64_t part = job / blocks(), first = group.first + std::min(part * each, samples);
-        const int64_t out = job % blocks() % out_blocks() * block_outs_,
-                      in = job % blocks() / out_blocks() * block_ins_;
-        const Block block{out, std::min(block_outs_, O - out), in, std::min(block_ins_, I - in)};
+        const int64_t out = job % blocks() % out_tiles_ * kTile, in = job % blocks() / out_tiles_ * block_ins_;
+        const Block block{out, std::min(kTile, O - out), in, std::min(block_ins_, I - in)};
         add_block(group, first, std::min(first + each, group.last), block, sums ? sums + part * size_ : nullptr,
                   bias + part * p_.num_basis * O, coeff);
       }
@@ -141,7 +139,7 @@ class FoldOuter {
   /// A block's sums over samples [first, last) of a group: to `sums`, or if they are null, into dP.
   void add_block(const Group& group, int64_t first, int64_t last, Block block, A* sums, A* bias, A* coeff) const {
     const int64_t K = p_.num_basis, O = p_.out_features, I = p_.in_features;
-    const int64_t down = ceil_div(block.outs, kTile), area = down * ceil_div(block.ins, kTile) * kArea;
+    const int64_t area = ceil_div(block.ins, kTile) * kArea;
     const Scratch<A> totals(q_.grad_basis ? K * area : 0), products(area);
     if (totals.data()) std::fill_n(totals.data(), K * area, A(0));
     for (int64_t b = first; b < last; ++b) {
@@ -152,7 +150,7 @@ class FoldOuter {
     for (int64_t k = 0; k < K && q_.grad_basis; ++k)
       for (int64_t o = 0; o < block.outs; ++o)
         for (int64_t i = 0; i < block.ins; i += kTile) {
-          const A* const from = &totals[k * area + (i / kTile * down + o / kTile) * kArea + o % kTile * kTile];
+          const A* const from = &totals[k * area + i / kTile * kArea + o * kTile];
           const int64_t out = block.first_out + o, in = block.first_in + i, cols = std::min(kTile, block.ins - i);
           if (sums) {
             vectors<A>().add(cols, from, sums + (k * O + out) * I + in);
@@ -168,17 +166,15 @@ class FoldOuter {
     const int64_t count = std::min(kChunk, group.end - t), stride = left_stride();
     const T* const packed = chunk(group, b, t);
     const bool more = t > group.begin, last = t + count == group.end;
-    for (int64_t in = block.first_in; in < block.first_in + block.ins; in += kTile)
-      for (int64_t out = block.first_out; out < block.first_out + block.outs; out += kTile) {
-        const int64_t outs = std::min(kTile, block.first_out + block.outs - out);
-        const int64_t cols = std::min(kTile, block.first_in + block.ins - in);
-        tile_product<T>(outs, cols, packed_depth<T>(count), {packed + out * stride, stride},
-                        {packed + left_size() + in * depth(), kTile}, product, kTile, more);
-        if (last) add_product(b, out, outs, in, cols, product, totals, area, coeff);
-        // A product that more chunks are added to keeps its place, else the next takes it, in the first level of cache.
-        if (group.end - group.begin > kChunk) product += kArea;
-        totals += kArea;
-      }
+    for (int64_t in = block.first_in; in < block.first_in + block.ins; in += kTile) {
+      const int64_t cols = std::min(kTile, block.first_in + block.ins - in);
+      tile_product<T>(block.outs, cols, packed_depth<T>(count), {packed + block.first_out * stride, stride},
+                      {packed + left_size() + in * depth(), kTile}, product, kTile, more);
+      if (last) add_product(b, block.first_out, block.outs, in, cols, product, totals, area, coeff);
+      // A product that more chunks are added to keeps its place, else the next takes it, in the first level of cache.
+      if (group.end - group.begin > kChunk) product += kArea;
+      totals += kArea;
+    }
   }
 
   /// dP_k += c_l G_b, dc_l += <G_b, P_k>, by a tile of G_b.
@@ -228,7 +224,7 @@ class FoldOuter {
   // Ranges of samples that are added up apart, where tiles are few.
   const int64_t parts_ =
       std::max<int64_t>(1, std::min(ceil_div(kEnoughParts, std::max<int64_t>(1, tiles_)), p_.batch / 4));
-  int64_t block_outs_ = kBlock, block_ins_ = kBlock;
+  int64_t block_ins_ = kBlockIns;
   int64_t group_samples_, group_tokens_;
 };
 
