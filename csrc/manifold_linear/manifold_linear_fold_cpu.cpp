@@ -4,6 +4,8 @@
 // 2 R O I flop and 2 B L O I of blending a product, y and dx; the other gradients are in
 // manifold_linear_fold_outer_cpu.cpp. A job is a tile or a block of a sample's result, by sizes alone: results do not
 // depend on the number of threads, unless torch's product does.
+#include <algorithm>
+#include <array>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -58,92 +60,145 @@ void multiply_block(const View& result, int64_t row, int64_t count, int64_t firs
                 matrix(left.at<T>(row), count, depth, left.stride[0]), right, add);
 }
 
+/// result_b = left_b W_b, and the sample's bias, by tiles of W_b that are packed as right operands: panels. Those of
+/// the basis points are blended in cache, sample by sample; of fewer samples, rows are blended before they are packed.
+template <class T>
 class Fold {
- protected:
-  explicit Fold(const ManifoldLinearParams& p) : p_(p) {}
+  using A = acc_t<T>;
+  static constexpr int64_t kRows = 8;  // pieces of so many rows are read together
 
-  /// result_b = left_b W_b, and the sample's bias: W_b, [depth, cols], is blended from panels, tiles of P_k as right
-  /// operands, which pack(k, first, count, panel) packs. So many of them as stay in cache meet all samples in turn,
-  /// each of whose rows stays there meanwhile. A job is a tile of one sample's result.
-  template <class T, class Pack>
-  void multiply_samples(const View& left, int64_t depth, const View& result, int64_t cols, bool bias, Pack pack) const {
-    using A = acc_t<T>;
-    const int64_t tiles = ceil_div(cols, kTile), panel = packed_depth<T>(depth) * kTile, K = p_.num_basis;
-    const int64_t tile_bytes = std::max<int64_t>(1, K * panel * int64_t(sizeof(T)));
+ public:
+  /// W is of `depth` rows and `cols` columns: of P_k, or if `transposed`, of P_k^T.
+  Fold(const ManifoldLinearParams& p, const View& left, int64_t depth, const View& result, int64_t cols,
+       bool transposed)
+      : p_(p),
+        left_(left),
+        result_(result),
+        depth_(depth),
+        cols_(cols),
+        transposed_(transposed),
+        bias_(transposed && p.bias),
+        panel_(packed_depth<T>(depth) * kTile) {
+    used_.resize(p.num_basis, !p.index);
+    for (int64_t b = 0; b < p.batch && p.index; ++b)
+      for (int64_t l = 0; l < p.num_local; ++l) used_[p.basis_point(b, l)] = true;
+    of_samples_ = p.batch < std::count(used_.begin(), used_.end(), true);
+  }
+
+  /// So many tiles at a time as stay in cache meet all samples in turn, each of whose rows stays there meanwhile. A job
+  /// is a tile of one sample's result.
+  void run() const {
+    const int64_t tiles = ceil_div(cols_, kTile), N = of_samples_ ? p_.batch : p_.num_basis;
+    const int64_t tile_bytes = std::max<int64_t>(1, N * panel_ * int64_t(sizeof(T)));
     const int64_t enough = std::min(ceil_div(kEnoughJobs, std::max<int64_t>(1, p_.batch)), kMostBytes / tile_bytes);
     const int64_t most = std::max({int64_t(1), kCacheBytes / tile_bytes, enough});
-    const std::vector<char> used = used_points();
     for (int64_t tile = 0; tile < tiles; tile += most) {
       const int64_t count = std::min(most, tiles - tile);
-      const auto first = [&](int64_t i) { return (tile + i) * kTile; };
-      const auto width = [&](int64_t i) { return std::min(kTile, cols - first(i)); };
-      const Scratch<T> panels(count * K * panel);
-      parallel(count * K, double(panel) * 1e-9, [&](int64_t i) {
-        if (!used[i % K]) return;
-        T* const to = panels.data() + i * panel;
-        pack(i % K, first(i / K), width(i / K), to);
-        complete_panel(depth, to, kTile);
-      });
-      parallel_ranges(count * p_.batch, 2e-11 * double(panel * p_.tokens), [&](int64_t begin, int64_t end) {
-        const Scratch<T> weight(panel), copy(kTile * packed_depth<T>(depth));
+      const Scratch<T> panels(count * N * panel_);
+      transposed_ ? pack_tiles(tile, count, N, panels.data()) : pack_strips(tile, count, N, panels.data());
+      parallel_ranges(count * p_.batch, 2e-11 * double(panel_ * p_.tokens), [&](int64_t begin, int64_t end) {
+        const Scratch<T> weight(of_samples_ ? 0 : panel_), copy(kTile * packed_depth<T>(depth_));
         const Scratch<A> sum(kTile * kTile);
         for (int64_t job = begin; job < end; ++job) {
           const int64_t b = job / count, i = job % count;
-          A shift[kTile] = {};
-          blend(b, first(i), width(i), panels.data() + i * K * panel, panel, weight.data(), bias ? shift : nullptr);
-          for (int64_t t = 0; t < p_.tokens; t += kTile) {
-            const int64_t row = b * p_.tokens + t, rows = std::min(kTile, p_.tokens - t);
-            const Tile<T> a = left_operand<T>(left, row, rows, depth, copy.data());
-            multiply<T>(result, row, rows, first(i), width(i), depth, a, weight.data(), bias ? shift : nullptr,
-                        sum.data());
-          }
+          const T* const packed = panels.data() + i * N * panel_;
+          if (!of_samples_) blend(b, packed, weight.data());
+          multiply_tokens(b, tile + i, of_samples_ ? packed + b * panel_ : weight.data(), copy.data(), sum.data());
         }
         release_tiles<T>();
       });
     }
   }
 
-  const ManifoldLinearParams& p_;
-
  private:
-  /// Whether a basis point acts on any sample.
-  std::vector<char> used_points() const {
-    std::vector<char> used(p_.num_basis, !p_.index);
-    for (int64_t b = 0; p_.index && b < p_.batch; ++b)
-      for (int64_t l = 0; l < p_.num_local; ++l) used[p_.basis_point(b, l)] = true;
-    return used;
+  /// Rows [first, first + count) of a basis point or of a sample's weight, `length` long from column `col` on: in
+  /// place, or blended.
+  void rows_of(int64_t n, int64_t first, int64_t count, int64_t col, int64_t length, T* blended, const T** rows) const {
+    const int64_t L = of_samples_ ? p_.num_local : 0, stride = length + 64 / int64_t(sizeof(T));
+    const Scratch<A> c(L);
+    const Scratch<const T*> terms(L);
+    for (int64_t l = 0; l < L; ++l) c[l] = *p_.coeff.at<A>(n, l);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t l = 0; l < L; ++l) terms[l] = p_.basis.at<T>(p_.basis_point(n, l), first + i, col);
+      if (of_samples_) vectors<T>().mix(length, L, c.data(), terms.data(), blended + i * stride);
+      rows[i] = of_samples_ ? blended + i * stride : p_.basis.at<T>(n, first + i, col);
+    }
+  }
+  int64_t blended_size(int64_t count, int64_t length) const {
+    return of_samples_ ? count * (length + 64 / int64_t(sizeof(T))) : 0;
   }
 
-  /// A sample's panel, and its bias.
-  template <class T>
-  void blend(int64_t b, int64_t first, int64_t count, const T* panels, int64_t panel, T* weight, acc_t<T>* bias) const {
-    const int64_t L = p_.num_local;
-    const Scratch<acc_t<T>> c(L);
-    const Scratch<const T*> terms(L);
-    for (int64_t l = 0; l < L; ++l) {
-      c[l] = *p_.coeff.at<acc_t<T>>(b, l), terms[l] = panels + p_.basis_point(b, l) * panel;
-      if (bias) vectors<T>().add_scaled(count, c[l], p_.bias.at<T>(p_.basis_point(b, l), first), bias);
-    }
-    vectors<T>().mix(panel, L, c.data(), terms.data(), weight);
+  /// Rows of P are columns of a panel.
+  void pack_tiles(int64_t tile, int64_t count, int64_t N, T* panels) const {
+    parallel(count * N, double(panel_) * 1e-9, [&](int64_t i) {
+      if (!of_samples_ && !used_[i % N]) return;
+      const int64_t first = tile + i / N, rows = tile_size(first, cols_);
+      const Scratch<T> blended(blended_size(rows, depth_));
+      std::array<const T*, kTile> from;
+      rows_of(i % N, first * kTile, rows, 0, depth_, blended.data(), from.data());
+      pack_rows<T>(rows, depth_, from.data(), panels + i * panel_, kTile);
+      complete_panel(depth_, panels + i * panel_, kTile);
+    });
   }
+
+  /// Rows of P are rows of panels, side by side.
+  void pack_strips(int64_t tile, int64_t count, int64_t N, T* panels) const {
+    const int64_t strips = ceil_div(depth_, kRows), length = std::min(count * kTile, cols_ - tile * kTile);
+    parallel(strips * N, double(kRows * length) * 1e-9, [&](int64_t i) {
+      const int64_t n = i % N, first = i / N * kRows, rows = std::min(kRows, depth_ - first);
+      if (!of_samples_ && !used_[n]) return;
+      const Scratch<T> blended(blended_size(rows, length));
+      std::array<const T*, kRows> from;
+      rows_of(n, first, rows, tile * kTile, length, blended.data(), from.data());
+      for (int64_t w = 0; w < count; ++w) {
+        T* const panel = panels + (w * N + n) * panel_;
+        pack_columns<T>(rows, from.data(), tile_size(tile + w, cols_), panel + first * kTile);
+        if (first + rows == depth_) complete_panel(depth_, panel, kTile);
+        for (auto& row : from) row += kTile;
+      }
+    });
+  }
+
+  /// A sample's panel, from those of basis points.
+  void blend(int64_t b, const T* panels, T* weight) const {
+    const int64_t L = p_.num_local;
+    const Scratch<A> c(L);
+    const Scratch<const T*> terms(L);
+    for (int64_t l = 0; l < L; ++l) c[l] = *p_.coeff.at<A>(b, l), terms[l] = panels + p_.basis_point(b, l) * panel_;
+    vectors<T>().mix(panel_, L, c.data(), terms.data(), weight);
+  }
+
+  /// A tile of a sample's result, from its panel.
+  void multiply_tokens(int64_t b, int64_t tile, const T* weight, T* copy, A* sum) const {
+    const int64_t first = tile * kTile, cols = tile_size(tile, cols_);
+    A shift[kTile] = {};
+    for (int64_t l = 0; l < p_.num_local && bias_; ++l)
+      vectors<T>().add_scaled(cols, *p_.coeff.at<A>(b, l), p_.bias.at<T>(p_.basis_point(b, l), first), shift);
+    for (int64_t t = 0; t < p_.tokens; t += kTile) {
+      const int64_t row = b * p_.tokens + t, count = std::min(kTile, p_.tokens - t);
+      const Tile<T> a = left_operand<T>(left_, row, count, depth_, copy);
+      multiply<T>(result_, row, count, first, cols, depth_, a, weight, bias_ ? shift : nullptr, sum);
+    }
+  }
+
+  const ManifoldLinearParams& p_;
+  const View left_, result_;
+  const int64_t depth_, cols_;
+  const bool transposed_, bias_;
+  const int64_t panel_;
+  std::vector<char> used_;  // whether a basis point acts on any sample
+  bool of_samples_;         // what is packed: weights of samples, else basis points
 };
 
 /// A job is a tile, or a block, of outputs of one sample.
 template <class T>
-class FoldForward : Fold {
+class FoldForward {
   using A = acc_t<T>;
 
  public:
-  explicit FoldForward(const ManifoldLinearParams& p) : Fold(p) {}
+  explicit FoldForward(const ManifoldLinearParams& p) : p_(p) {}
 
-  void run() const {
-    const auto pack = [&](int64_t k, int64_t first, int64_t count, T* panel) {
-      const T* rows[kTile];
-      for (int64_t o = 0; o < count; ++o) rows[o] = p_.basis.at<T>(k, first + o);
-      pack_rows<T>(count, p_.in_features, rows, panel, kTile);
-    };
-    multiply_samples<T>(p_.input, p_.in_features, p_.output, p_.out_features, bool(p_.bias), pack);
-  }
+  void run() const { Fold<T>(p_, p_.input, p_.in_features, p_.output, p_.out_features, true).run(); }
 
   void run_gemm() const {
     const int64_t depth = packed_depth<T>(p_.in_features), out_blocks = ceil_div(p_.out_features, kGemmBlock);
@@ -175,24 +230,19 @@ class FoldForward : Fold {
       vectors<T>().mix(p_.in_features, L, c.data(), basis.data(), rows + o * depth);
     }
   }
+
+  const ManifoldLinearParams& p_;
 };
 
 /// dx_b = g_b W_b. A job is a tile, or a block, of inputs of one sample.
 template <class T>
-class FoldInput : Fold {
+class FoldInput {
   using A = acc_t<T>;
 
  public:
-  explicit FoldInput(const ManifoldLinearBackwardParams& q) : Fold(q.p), q_(q) {}
+  explicit FoldInput(const ManifoldLinearBackwardParams& q) : p_(q.p), q_(q) {}
 
-  void run() const {
-    const auto pack = [&](int64_t k, int64_t first, int64_t count, T* panel) {
-      const Scratch<const T*> rows(p_.out_features);
-      for (int64_t o = 0; o < p_.out_features; ++o) rows[o] = p_.basis.at<T>(k, o, first);
-      pack_columns<T>(p_.out_features, rows.data(), count, panel);
-    };
-    multiply_samples<T>(p_.output, p_.out_features, q_.grad_input, p_.in_features, false, pack);
-  }
+  void run() const { Fold<T>(p_, p_.output, p_.out_features, q_.grad_input, p_.in_features, false).run(); }
 
   void run_gemm() const {
     const int64_t O = p_.out_features, L = p_.num_local, in_blocks = ceil_div(p_.in_features, kGemmBlock);
@@ -214,6 +264,7 @@ class FoldInput : Fold {
   }
 
  private:
+  const ManifoldLinearParams& p_;
   const ManifoldLinearBackwardParams& q_;
 };
 

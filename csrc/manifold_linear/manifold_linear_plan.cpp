@@ -27,7 +27,7 @@ struct Costs {
   double gemm;     // the same by torch's matrix product
   double blend;    // one term of one element of a blended weight
   double spread;   // one term of one element of a sample's gradient, on its way to dP and dc
-  double turn;     // one element of a blended weight, packed by torch's matrix product
+  double turn;     // one element of a blended weight, packed as a whole
   double stream;   // one multiply-add of a row of P with a row of x
   double pack;     // one element of P as the right operand of a product
   double read;     // one element of P from memory
@@ -131,7 +131,8 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       break;
     }
     case Plan::fold:
-      element += products * (rows * cost.fold + points * cost.once);
+      element += products * rows * cost.fold + (backward ? points * cost.once : 0);
+      if (!update) element += samples < points ? samples * cost.turn : points * cost.once;
       element += samples * terms * (cost.blend + (backward ? cost.spread : 0));
       break;
     case Plan::stream:
