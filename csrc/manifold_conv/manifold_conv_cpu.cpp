@@ -118,39 +118,53 @@ class Correlation {
   void multiply(int64_t b, int64_t group, const Block& block, const T* weight, const A* bias, const T* windows) const {
     const int64_t pixels = block.rows * block.cols, stride = windows_.stride(block.cols),
                   pair = interleaved<T>() ? 2 : 1;
-    const Scratch<A> sum(kTile * kPixels);
+    const Scratch<A> sum(in_place(block) ? 0 : kTile * kPixels);
     for (int64_t n = 0; n < pixels; n += kPixels) {
       // Products have few widths, and none that is slow; columns past a block's pixels hold anything.
-      const int64_t cols = std::min(kPixels, pixels - n), width = ceil_div(cols, 16) * 16;
+      const int64_t cols = std::min(kPixels, pixels - n);
       for (int64_t m = 0; m < f_.rows; m += kTile) {
         const int64_t rows = std::min(kTile, f_.rows - m);
+        int64_t width = ceil_div(cols, 16) * 16, ldc = kPixels;
+        A* to = sum.data();
+        if constexpr (std::is_same_v<T, A>) {
+          if (in_place(block)) {
+            to = place(block, n, f_.out.at<T>(b, group * f_.rows + m));
+            width = cols, ldc = f_.axes[0].out * f_.axes[1].out * f_.axes[2].out;
+          }
+        }
         const bool start = f_.bias || weight_ == 0;
-        for (int64_t r = 0; r < rows && start; ++r) std::fill_n(&sum[r * kPixels], width, f_.bias ? bias[m + r] : A(0));
+        for (int64_t r = 0; r < rows && start; ++r) std::fill_n(to + r * ldc, width, f_.bias ? bias[m + r] : A(0));
         for (int64_t i = 0; i < windows_.products() && weight_ > 0; ++i)
           tile_product<T>(rows, width, depth_, {weight + (i * f_.rows + m) * depth_, depth_},
-                          {windows + (windows_.begin(i, block.cols) + n) * pair, stride}, sum.data(), kPixels,
-                          start || i > 0);
-        for (int64_t r = 0; r < rows; ++r)
+                          {windows + (windows_.begin(i, block.cols) + n) * pair, stride}, to, ldc, start || i > 0);
+        for (int64_t r = 0; r < rows && to == sum.data(); ++r)
           store(block, n, cols, &sum[r * kPixels], f_.out.at<T>(b, group * f_.rows + m + r));
       }
     }
   }
 
+  /// Whether a block's pixels lie side by side in the result.
+  bool side_by_side(const Block& block) const { return f_.axes[1].stride == 1 && block.cols == f_.axes[2].out; }
+  /// Whether they are summed up there.
+  bool in_place(const Block& block) const { return std::is_same_v<T, A> && side_by_side(block); }
+
+  /// Where the n-th pixel of a block is in a plane of the result.
+  T* place(const Block& block, int64_t n, T* plane) const {
+    const auto& [planes, lines, columns] = f_.axes;
+    const int64_t d = planes.first + block.plane * planes.stride;
+    const int64_t h = lines.first + (block.row + n / block.cols) * lines.stride;
+    return plane + (d * lines.out + h) * columns.out + columns.first + (block.col + n % block.cols) * columns.stride;
+  }
+
   /// Pixels [first, first + count) of a block to a plane of the result.
   void store(const Block& block, int64_t first, int64_t count, const A* sum, T* plane) const {
-    const auto& [planes, lines, columns] = f_.axes;
-    const auto place = [&](int64_t n) {
-      const int64_t d = planes.first + block.plane * planes.stride;
-      const int64_t h = lines.first + (block.row + n / block.cols) * lines.stride;
-      return plane + (d * lines.out + h) * columns.out + columns.first + (block.col + n % block.cols) * columns.stride;
-    };
-    if (lines.stride == 1 && block.cols == columns.out) return vectors<T>().narrow(count, sum, place(first));
+    if (side_by_side(block)) return vectors<T>().narrow(count, sum, place(block, first, plane));
     T narrow[kPixels];
     vectors<T>().narrow(count, sum, narrow);
     for (int64_t n = 0; n < count;) {
       const int64_t length = std::min(count - n, block.cols - (first + n) % block.cols);
-      T* const to = place(first + n);
-      for (int64_t i = 0; i < length; ++i) to[i * columns.stride] = narrow[n + i];
+      T* const to = place(block, first + n, plane);
+      for (int64_t i = 0; i < length; ++i) to[i * f_.axes[2].stride] = narrow[n + i];
       n += length;
     }
   }
