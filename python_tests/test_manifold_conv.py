@@ -2,14 +2,18 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from bounds import check
+from conv_entries import conv_call
+from op_entries import OPS
 from sampling import DTYPES, Draw
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import neuromod_ext.functional as MF
-from neuromod_ext import _conv, _conv_checks
+from neuromod_ext import _conv, _conv_checks, _ops
 
 PLAIN = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 OURS = {1: MF.manifold_conv1d, 2: MF.manifold_conv2d, 3: MF.manifold_conv3d}
@@ -77,6 +81,36 @@ def test_one_basis_point_is_torch_conv(dims, dtype) -> None:
     want = PLAIN[dims](x.double(), P[0].double(), b[0].double(), groups=2)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), want, rtol=0, atol=50 * torch.finfo(dtype).eps)
+
+
+FEW_CHANNELS = [  # B, C, O, space, kernel, padding, dilation, groups
+    (16, 3, 30, [9, 11], [3, 3], [0, 0], [1, 1], 1),
+    (17, 1, 9, [300], [4], [2], [3], 1),
+    (8, 2, 33, [4, 5, 6], [2, 2, 3], [1, 0, 2], [1, 2, 1], 2),
+    (16, 1, 7, [3, 600], [1, 5], [0, 1], [1, 1], 1),
+    (6, 5, 97, [40, 40], [3, 5], [2, 4], [2, 1], 3),
+]
+
+
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", FEW_CHANNELS, ids=str)
+def test_gradient_of_few_channels(sizes, dtype, finite: bool) -> None:
+    """On the CPU of pixels of g that are added up, unless a weight is infinite."""
+    B, C, O, space, kernel, padding, dilation, groups = sizes
+    options = {"stride": [1] * len(space), "padding": padding, "dilation": dilation}
+    draw = Draw(f"few channels/{sizes}/{dtype}", dtype)
+    call = conv_call(draw, "gxPcb", B, 3, C, O, space, kernel, options | {"groups": groups}, True)
+    call.others["needed"] = [True, False, False, False]
+    if not finite:
+        call.tensors[2].view(-1)[-1] = torch.inf
+    op = OPS["manifold_conv_backward"]
+    got, want = op.run(_ops.OPS[op.name], call)[0], op.expected(call)[0]
+    if finite:
+        check(got, want, draw)
+    else:
+        of = np.isfinite if dtype.itemsize == 2 else np.isnan  # an odd depth is padded
+        assert (of(got.double().numpy()) == of(want.value)).all()
 
 
 @pytest.mark.parametrize("dims", PLAIN)

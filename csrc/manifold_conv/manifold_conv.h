@@ -53,6 +53,8 @@ struct ManifoldConvBackwardParams {
 // number of threads.
 void manifold_conv_forward_cpu(const ManifoldConvParams& p);                     // writes output
 void manifold_conv_grad_input_cpu(const ManifoldConvParams& p, const View& to);  // reads no input
+/// The same for few channels; whether it was done so.
+bool manifold_conv_grad_input_scattered(const ManifoldConvParams& p, const View& to);
 void manifold_conv_backward_cpu(const ManifoldConvBackwardParams& q);
 
 // The same on the given stream; each returns a cudaError_t, 0 for success.

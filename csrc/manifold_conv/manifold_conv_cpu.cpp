@@ -186,6 +186,7 @@ void manifold_conv_forward_cpu(const ManifoldConvParams& p) {
 }
 
 void manifold_conv_grad_input_cpu(const ManifoldConvParams& p, const View& to) {
+  if (manifold_conv_grad_input_scattered(p, to)) return;
   const auto places = [&](int d) { return std::min(p.stride[d], p.in_size[d]); };
   for (int64_t d = 0; d < places(0); ++d)
     for (int64_t h = 0; h < places(1); ++h)
