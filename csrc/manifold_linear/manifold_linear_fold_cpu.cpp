@@ -154,7 +154,7 @@ class Fold {
         T* const panel = panels + (w * N + n) * panel_;
         pack_columns<T>(rows, from.data(), tile_size(tile + w, cols_), panel + first * kTile);
         if (first + rows == depth_) complete_panel(depth_, panel, kTile);
-        for (auto& row : from) row += kTile;
+        for (int64_t r = 0; r < rows && w + 1 < count; ++r) from[r] += kTile;
       }
     });
   }
