@@ -157,8 +157,7 @@ void tile_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<T> 
     return;
   }
   if constexpr (std::is_same_v<T, double>) {
-    for (int64_t r = 0; r < rows && !accumulate; ++r) std::fill_n(c + r * ldc, cols, 0.0);
-    vectors<T>().add_product(rows, cols, depth, a.data, a.stride, 1, b.data, b.stride, c, ldc);
+    vectors<T>().product(rows, cols, depth, a.data, a.stride, 1, b.data, b.stride, c, ldc, accumulate);
   } else {
     if constexpr (is_half_type<T>)
       if (!interleaved<T>() || !at::globalContext().userEnabledMkldnn())

@@ -5,6 +5,7 @@
 #include "common/vector.h"
 
 #include "common/vector_lanes.h"
+#include "common/vector_product.h"
 #include "common/vector_transpose.h"
 
 #define NEUROMOD_CONCAT_(a, b) a##b
@@ -63,18 +64,9 @@ class Ops final : public VectorOps<T> {
     }
   }
 
-  void add_product(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t row, int64_t step, const T* b,
-                   int64_t ldb, A* c, int64_t ldc) const override {
-    int64_t n = 0;
-    for (; n + 2 * kLanes<A> <= cols; n += 2 * kLanes<A>)
-      product_columns<2>(rows, depth, a, row, step, b + n, ldb, c + n, ldc);
-    for (; n + kLanes<A> <= cols; n += kLanes<A>) product_columns<1>(rows, depth, a, row, step, b + n, ldb, c + n, ldc);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = n; j < cols; ++j) {
-        A sum = c[r * ldc + j];
-        for (int64_t d = 0; d < depth; ++d) sum += wide(a[r * row + d * step]) * wide(b[d * ldb + j]);
-        c[r * ldc + j] = sum;
-      }
+  void product(int64_t rows, int64_t cols, int64_t depth, const A* a, int64_t row, int64_t step, const A* b,
+               int64_t ldb, A* c, int64_t ldc, bool add) const override {
+    product_of<A>(rows, cols, {depth, a, row, step, b, ldb, c, ldc, add});
   }
 
   void transpose(int64_t rows, int64_t depth, const T* const* from, T* to, int64_t stride) const override {
@@ -225,33 +217,6 @@ class Ops final : public VectorOps<T> {
   }
 
  private:
-  /// So many vectors of columns.
-  template <int64_t many>
-  static void product_columns(int64_t rows, int64_t depth, const T* a, int64_t row, int64_t step, const T* b,
-                              int64_t ldb, A* c, int64_t ldc) {
-    for (int64_t r = 0; r < rows; r += 4) {
-      const auto block = rows - r >= 4   ? product_block<4, many>
-                         : rows - r == 3 ? product_block<3, many>
-                         : rows - r == 2 ? product_block<2, many>
-                                         : product_block<1, many>;
-      block(depth, a + r * row, row, step, b, ldb, c + r * ldc, ldc);
-    }
-  }
-  template <int64_t height, int64_t many>
-  static void product_block(int64_t depth, const T* a, int64_t row, int64_t step, const T* b, int64_t ldb, A* c,
-                            int64_t ldc) {
-    Lanes<A> sum[height][many];
-    for (int64_t r = 0; r < height; ++r)
-      for (int64_t i = 0; i < many; ++i) sum[r][i] = load(c + r * ldc + i * kLanes<A>);
-    for (int64_t d = 0; d < depth; ++d) {
-      Lanes<A> right[many];
-      for (int64_t i = 0; i < many; ++i) right[i] = load(b + d * ldb + i * kLanes<A>);
-      for (int64_t r = 0; r < height; ++r)
-        for (int64_t i = 0; i < many; ++i) sum[r][i] += right[i] * wide(a[r * row + d * step]);
-    }
-    for (int64_t r = 0; r < height; ++r) __builtin_memcpy(c + r * ldc, sum[r], sizeof(sum[r]));
-  }
-
   template <int64_t count>
   static void dots_of(int64_t n, const T* const* rows, const T* x, A* out) {
     constexpr int64_t many = is_half_type<T> ? 2 : 1;

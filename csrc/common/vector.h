@@ -35,10 +35,9 @@ class VectorOps {
   /// out[j] = sum_i rows[j][i] x[i] for up to 8 rows, read side by side
   virtual void dots(int64_t n, int64_t count, const T* const* rows, const T* x, A* out) const = 0;
 
-  /// C[rows, cols] += A B, the depth in order: what brgemm does for the types that it knows. Element (r, d) of A is
-  /// a[r row + d step].
-  virtual void add_product(int64_t rows, int64_t cols, int64_t depth, const T* a, int64_t row, int64_t step, const T* b,
-                           int64_t ldb, A* c, int64_t ldc) const = 0;
+  /// C[rows, cols] = or += A B, the depth in order. Element (r, d) of A is a[r row + d step].
+  virtual void product(int64_t rows, int64_t cols, int64_t depth, const A* a, int64_t row, int64_t step, const A* b,
+                       int64_t ldb, A* c, int64_t ldc, bool add) const = 0;
 
   // Operands of tile products.
   /// to[d][r] = from[r][d], rows of `to` `stride` apart.

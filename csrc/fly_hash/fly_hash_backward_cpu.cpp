@@ -84,8 +84,8 @@ class ParameterGradients {
     FlyChunk<A> h, by_sample;
     panel.hash(block, first, units, true, h.at);
     turn(units, h.at, by_sample.at);
-    vectors<A>().add_product(f_.outputs, units, panel.samples(block), grad, kBlock, 1, by_sample.at, kFlyChunk,
-                             readout_.data() + first, f_.units);
+    vectors<A>().product(f_.outputs, units, panel.samples(block), grad, kBlock, 1, by_sample.at, kFlyChunk,
+                         readout_.data() + first, f_.units, true);
   }
 
   /// [units, kBlock] to [kBlock, kFlyChunk]

@@ -2,7 +2,7 @@
 // tile's columns are rows of x, so that their coefficients lie side by side.
 //
 // 2 R L O I flop; each product tile is scaled by its columns' coefficients and summed over k in cache.
-// Sums: over i in brgemm's order, then over k upwards. Work is split over outputs and rows only, so results do not
+// Sums: over i in the product's order, then over k upwards. Work is split over outputs and rows only, so results do not
 // depend on the number of threads.
 #include <array>
 
@@ -22,7 +22,7 @@ class Expand {
   static constexpr int64_t kBlock = 8;     // row tiles that see a tile of P before it leaves the cache
   static constexpr int64_t kDepth = 1024;  // of a product that is taken at a time: what it reads stays in cache
   static constexpr int64_t kPackedBytes = int64_t(8) << 20;
-  static constexpr int64_t kFewRows = 16;
+  static constexpr int64_t kFewRows = is_half_type<T> ? 16 : 64;
   static constexpr int64_t kMemoryBytes = int64_t(16) << 20;  // more than cores keep of P
 
  public:
@@ -65,18 +65,18 @@ class Expand {
     complete_panel(p_.in_features, panel, kNarrowTile);
   }
 
-  /// Whether P comes from memory to so few columns of pairs that a product reads many of its rows side by side, which
-  /// no processor foresees.
+  /// Whether P comes from memory to few columns. A product reads many of its rows side by side, which no processor
+  /// foresees: rows of pairs are copied first, others fetched ahead as they are multiplied.
   bool from_memory() const {
     const int64_t bytes = p_.num_basis * p_.out_features * p_.in_features * int64_t(sizeof(T));
-    return interleaved<T>() && !has_matrix_unit<T>() && p_.rows() <= kFewRows && bytes >= kMemoryBytes;
+    return !has_matrix_unit<T>() && p_.rows() <= kFewRows && bytes >= kMemoryBytes;
   }
-  /// Then rows are copied before they are multiplied, and where their depth must be completed.
-  bool copies() const { return depth_ != p_.in_features || from_memory(); }
+  /// Whether rows are copied, as they are, too, where their depth must be completed.
+  bool copies() const { return depth_ != p_.in_features || (interleaved<T>() && from_memory()); }
   /// Their distance: off powers of two.
   int64_t copy_stride() const { return std::min(kDepth, depth_) + 64 / int64_t(sizeof(T)); }
 
-  /// `depth` columns of rows of P from d on, as brgemm can read them.
+  /// `depth` columns of rows of P from d on, as a product can read them.
   Tile<T> weight(int64_t k, int64_t first, int64_t outs, int64_t d, int64_t depth, T* copy) const {
     if (!copies()) return {p_.basis.at<T>(k, first, d), p_.basis.stride[1]};
     const int64_t ahead = from_memory() ? 8 : outs;
@@ -87,6 +87,15 @@ class Expand {
       std::fill(std::copy_n(row, depth, to), to + packed_depth<T>(depth), T{});
     }
     return {copy, copy_stride()};
+  }
+
+  /// The products of rows of P with columns of x.
+  void multiply(int64_t outs, int64_t width, int64_t depth, Tile<T> basis, const T* panel, A* product, bool add) const {
+    if constexpr (std::is_same_v<T, A>)
+      if (from_memory())
+        return vectors<T>().product(outs, width, depth, basis.data, basis.stride, 1, panel, kNarrowTile, product,
+                                    kNarrowTile, add);
+    tile_product<T>(outs, width, packed_depth<T>(depth), basis, {panel, kNarrowTile}, product, kNarrowTile, add);
   }
 
   void expanded(int64_t out_tile, int64_t first, int64_t count, const T* panels) const {
@@ -111,8 +120,7 @@ class Expand {
           const RowTile& tile = tiles_[first + i];
           const int64_t width = rows_.padded(tile.count);
           A* const product = products.data() + i * area;
-          tile_product<T>(outs, width, packed_depth<T>(depth), basis,
-                          {panels + i * panel_ + d * kNarrowTile, kNarrowTile}, product, kNarrowTile, d > 0);
+          multiply(outs, width, depth, basis, panels + i * panel_ + d * kNarrowTile, product, d > 0);
           if (d + kDepth < p_.in_features) continue;
           rows_.coefficients(tile.first, width, rows_.entry(tile.segment, k), c);
           vectors<T>().mix_columns(outs, width, kNarrowTile, product, c, p_.bias ? bias : nullptr,

@@ -35,8 +35,8 @@ void chunk_product(const ManifoldMetricParams& p, int64_t first, double* sum, in
   const double* const left = p.weight ? weighted.data() : c.data();
   std::fill_n(sum, K * stride, 0.0);
   for (int64_t k = 0; k < K; k += kWidth)
-    vectors<double>().add_product(K - k, std::min(kWidth, stride - k), count, left + k, 1, K, &c[k], K,
-                                  sum + k * stride + k, stride);
+    vectors<double>().product(K - k, std::min(kWidth, stride - k), count, left + k, 1, K, &c[k], K,
+                              sum + k * stride + k, stride, false);
 }
 
 }  // namespace
