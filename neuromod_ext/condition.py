@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from neuromod_ext._ambient import restored
+from neuromod_ext._ambient import claim, restored
 from neuromod_ext.nn._layer import Condition, ManifoldLayer
 from neuromod_ext.topology import Topology
 
@@ -64,17 +65,18 @@ class Conditioned(nn.Module):
         layers = self._layers()
         if not layers:
             raise ValueError("Conditioned: expected a model with a manifold layer, got none")
-        if any(layer.ambient_coeff is not None for layer in layers):
+        coeffs: dict[tuple[Topology, torch.dtype], Tensor] = {}
+        for layer in layers:
+            key = layer.topology, layer.weight.dtype
+            if key not in coeffs:
+                coeffs[key] = layer.coefficients(s, coeff)
+        values = [(layer, coeffs[layer.topology, layer.weight.dtype]) for layer in layers]
+        if not claim("ambient_coeff", values):
             raise RuntimeError(
                 "Conditioned: expected layers that no other call is using, got layers whose "
                 "condition is set; give each thread a copy of the model"
             )
-        by_topology: dict[Topology, Tensor] = {}
         try:
-            for layer in layers:
-                if layer.topology not in by_topology:
-                    by_topology[layer.topology] = layer.coefficients(s, coeff)
-                layer.ambient_coeff = by_topology[layer.topology]
             return self.module(input, *args, **kwargs)
         finally:
             for layer in layers:

@@ -286,3 +286,47 @@ def test_data_parallel_copies_do_not_share_conditions() -> None:
     for thread in threads:
         thread.join()
     torch.testing.assert_close(torch.cat([results[i] for i in range(3)]), model(x, s))
+
+
+def test_of_two_threads_one_is_refused() -> None:
+    """Nothing in between: no thread computes under the other's condition."""
+    model = nm.convert(nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)]), nm.Fourier(4))
+    x, conditions = torch.randn(64, 16), [torch.rand(64), torch.rand(64)]
+    with torch.no_grad():
+        wanted = [model(x, s) for s in conditions]
+    both, outcomes = threading.Barrier(2), []
+
+    @torch.no_grad()
+    def call(i: int) -> None:
+        for _ in range(100):
+            both.wait()
+            try:
+                outcomes.append(torch.allclose(model(x, conditions[i]), wanted[i], atol=1e-5))
+            except RuntimeError as error:
+                outcomes.append("no other call is using" in str(error))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 200 and all(outcomes)
+
+
+def test_each_dtype_has_its_coefficients() -> None:
+    """A float32 layer of the same topology comes first; the condition is a number of Python's."""
+    net = nn.ModuleList([nm.nn.ManifoldLinear(1, 1, topology=nm.Ellipse(), dtype=dtype)
+                         for dtype in (torch.float32, torch.float64)])  # fmt: skip
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = net
+
+        def forward(self, x):
+            return self.layers[0](x.float()), self.layers[1](x)
+
+    x = torch.randn(3, 1, dtype=torch.float64)
+    want = net[1](x, torch.tensor(0.3, dtype=torch.float64))
+    assert torch.equal(nm.Conditioned(Both())(x, 0.3)[1], want)
+    assert torch.equal(net[1](x, 0.3), want)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
 from torch import nn
 
 import neuromod_ext as nm
@@ -274,3 +276,118 @@ def test_nested_in_a_conditioned_model() -> None:
     x, s = data()
     want = net[2](net[0](x, s).flatten(1))
     torch.testing.assert_close(model(x, s), want)
+
+
+def encoder() -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_fused_encoders_call_their_layers(padded: bool) -> None:
+    """In evaluation, torch's encoder reads the weights of plain layers without calling them."""
+    model = nm.convert(encoder(), nm.Ellipse()).eval()
+    x, s = torch.randn(3, 5, 8), torch.rand(3)
+    padding = torch.tensor([5, 3, 4]).unsqueeze(1) <= torch.arange(5) if padded else None
+    with torch.no_grad():
+        got = model(x, s, src_key_padding_mask=padding)
+        for b in range(3):
+            plain = nm.fold(model, s[b]).eval()
+            assert not any(module._forward_pre_hooks for module in plain.modules())
+            mask = None if padding is None else padding[b : b + 1]
+            want = plain(x[b : b + 1], src_key_padding_mask=mask)
+            there = slice(None) if mask is None else ~mask[0]
+            torch.testing.assert_close(got[b, there], want[0, there])
+
+
+class Listed(nn.Module):
+    """Calls its layers by a list that torch does not know of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.order = [self.a, self.b]
+
+    def forward(self, x):
+        return self.order[1](self.order[0](x))
+
+
+WRAPPED = {
+    "in a list": Listed,
+    "compiled": lambda: nn.Sequential(torch.compile(nn.Linear(4, 4), backend="eager")),
+    "shared": lambda: nn.Sequential(layer := nn.Linear(4, 4), layer),
+}
+
+
+@pytest.mark.parametrize("model", WRAPPED.values(), ids=WRAPPED)
+def test_layers_are_converted_wherever_they_are_held(model) -> None:
+    converted = nm.convert(model(), nm.Ellipse())
+    x = torch.randn(3, 4)
+    gradients = torch.autograd.grad(
+        converted(x, torch.rand(3)).square().sum(), list(converted.parameters())
+    )
+    assert all(g.abs().sum() > 0 for g in gradients)
+    assert not torch.allclose(converted(x, 0.1), converted(x, 0.4))
+    torch.testing.assert_close(nm.fold(converted, 0.1)(x), converted(x, 0.1))
+
+
+def test_hooks_stay() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    net[0].register_forward_hook(lambda module, args, output: 10 * output)
+    net[1].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    converted = nm.convert(net, nm.Ellipse(), init="pretrained")
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(converted(x, 0.3), net(x))
+    torch.testing.assert_close(nm.fold(converted, 0.3)(x), net(x))
+
+
+class Half(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def test_fold_takes_weights_as_the_layer_uses_them() -> None:
+    layers = [ManifoldLinear(5, 4, topology=nm.Ellipse()) for _ in range(3)]
+    nn.utils.parametrize.register_parametrization(layers[0], "weight", Half())
+    nn.utils.prune.l1_unstructured(layers[1], "weight", 0.5)
+    nn.utils.weight_norm(layers[2])
+    x = torch.randn(3, 5)
+    for layer in layers:
+        with torch.no_grad():
+            want = layer(x, 0.1)
+            plain = nm.fold(layer, 0.1)
+        assert type(plain) is nn.Linear
+        assert list(plain.state_dict()) == ["weight", "bias"]
+        torch.testing.assert_close(plain(x), want)
+
+
+def test_scratch_needs_no_constant_function() -> None:
+    wave = nm.Custom(lambda s: torch.stack((s.sin(), s.cos()), -1), 2)
+    layer = nm.convert(nn.Linear(3, 2), wave).module
+    assert layer(torch.randn(4, 3), torch.rand(4)).shape == (4, 2)
+    with pytest.raises(ValueError, match="expected the constant function in the span"):
+        nm.convert(nn.Linear(3, 2), wave, init="pretrained")
+
+
+def test_two_topologies_in_one_model() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    first = nm.convert(net, nm.Ellipse(), include=lambda name, module: name == "0")
+    both = nm.convert(first, nm.Line(), include=lambda name, module: name == "1")
+    assert [layer.topology for layer in both.module] == [nm.Ellipse(), nm.Line()]
+    wrapped = nn.Sequential(both)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(nm.fold(wrapped, 0.2)(x), both(x, 0.2))
+
+
+@pytest.mark.parametrize("make", [
+    lambda net: nn.utils.prune.l1_unstructured(net, "weight", 0.5),
+    nn.utils.spectral_norm,
+    nn.utils.weight_norm,
+])  # fmt: skip
+def test_made_weights_are_refused(make) -> None:
+    net = nn.Linear(3, 2)
+    make(net)
+    with pytest.raises(ValueError, match=r"convert: expected a weight that is a parameter in ''"):
+        nm.convert(net, nm.Ellipse())
+    with pytest.raises(ValueError, match=r"layout: expected weights that are parameters in ''"):
+        nm.nn.switch.layout(net)

@@ -386,3 +386,18 @@ def test_overwriting_yields_the_same(kind: str, dtype: torch.dtype) -> None:
             assert torch.equal(torch.cat(parts), want)
     with pytest.raises(ValueError, match=f"expected {m.size} weights to overwrite, got {N - 1}"):
         m.overwrite([w[1:]])
+
+
+def test_a_state_dict_holds_all_of_a_modulator() -> None:
+    """Another seed or shift loads as the map that was saved, and says so."""
+    w = torch.randn(9, dtype=torch.float64)
+    for saved, other in (
+        (RotatedShift(9, 1, steps=2), RotatedShift(9, 7, steps=5)),
+        (Hadamard(9, 2**64 - 1), Hadamard(9, 0)),
+        (Diagonal(torch.rand(9) + 1), Diagonal.random(9, 3)),
+    ):
+        assert not torch.equal(saved(w), other(w))
+        other.load_state_dict(saved.state_dict())
+        assert torch.equal(saved(w), other(w))
+        assert other.seed == saved.seed
+        assert repr(other) == repr(saved)

@@ -395,3 +395,60 @@ def test_points_by_layer_are_those_of_the_whole() -> None:
         switch(x, given).square().sum().backward()
     for p, q in zip(by_layer.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_fused_encoders_are_in_the_state_of_the_call(padded: bool) -> None:
+    """In evaluation, torch's encoder reads the weights of plain layers without calling them."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    switch = switchable(nn.TransformerEncoder(layer, 2).double()).eval()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    padding = torch.tensor([5, 3, 4]).unsqueeze(1) <= torch.arange(5) if padded else None
+    there = slice(None) if padding is None else ~padding
+    with torch.no_grad():
+        zero, one = (switch.fold(k).eval()(x, src_key_padding_mask=padding) for k in (0, 1))
+        got = switch(x, torch.tensor([0, 1, 1]), src_key_padding_mask=padding)
+    want = torch.cat((zero[:1], one[1:]))
+    torch.testing.assert_close(got[there], want[there])
+    assert not torch.allclose(zero[there], one[there])
+    assert not any(module._forward_pre_hooks for module in switch.fold(1).modules())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_without_its_state_is_refused(reentrant: bool) -> None:
+    class Rerun(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda x: self.layer(x).relu(), x, use_reentrant=reentrant)
+
+    switch = Switchable(Rerun(), Hadamard(16, 0))
+    x = torch.randn(3, 4, requires_grad=True)
+    for state in (1, 0.5, torch.tensor([0, 1, 1])):
+        with pytest.raises(RuntimeError, match=r"pass context_fn=model\.checkpoint_contexts"):
+            switch(x, state).sum().backward()
+    with switch.switched():  # parameters that are there serve a recomputation, too
+        switch(x).sum().backward()
+
+
+def test_frozen_notices_other_memory_and_another_shift() -> None:
+    switch, x = switchable(nn.Linear(3, 2)), torch.randn(2, 3)
+    for change in (
+        lambda: setattr(switch.module.weight, "data", torch.randn(2, 3)),
+        lambda: switch.shift.fill_(1.0),
+    ):
+        with switch.frozen():
+            switch(x, 1)
+            change()
+            with pytest.raises(RuntimeError, match="got changed ones"):
+                switch(x, 1)
+
+
+def test_sorted_samples_of_a_model_that_returns_two_results() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.MaxPool1d(2, return_indices=True))
+    switch = switchable(model)
+    x, state = torch.randn(400, 1, 10), torch.randint(0, 2, (400,))
+    for got, want in zip(switch(x, state), switch(x[:4], state[:4]), strict=True):
+        torch.testing.assert_close(got[:4], want)

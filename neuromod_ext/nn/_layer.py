@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,15 @@ from neuromod_ext import functional
 from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext.topology import Topology
 
-Condition = Tensor | float
+Condition = Tensor | float | Sequence[float]
+
+
+def conditions(s: Condition, device: torch.device) -> Tensor:
+    """Conditions as a tensor; Python's floats are float64, whatever torch's default is."""
+    if isinstance(s, Tensor):
+        return s
+    t = torch.as_tensor(s, device=device)
+    return torch.as_tensor(s, dtype=torch.float64, device=device) if t.is_floating_point() else t
 
 
 class ManifoldLayer(nn.Module, ABC):
@@ -89,9 +97,7 @@ class ManifoldLayer(nn.Module, ABC):
         if s is not None and coeff is not None:
             raise ValueError(f"{name}: expected either s or coeff, got both")
         if s is not None:
-            if not isinstance(s, Tensor):
-                s = torch.as_tensor(s, device=self.weight.device)
-            coeff = self.topology(s)
+            coeff = self.topology(conditions(s, self.weight.device))
         elif coeff is None:
             coeff = self.ambient_coeff
         if coeff is None:
@@ -126,7 +132,8 @@ class ManifoldLayer(nn.Module, ABC):
         coeff = coeff.to(self.weight.device)
         plain = self._plain().to_empty(device=self.weight.device).to(self.weight.dtype)
         plain.train(self.training)
-        for name, basis in self.named_parameters(recurse=False):
+        for name, _ in list(plain.named_parameters(recurse=False)):
+            basis = getattr(self, name)  # a parameter, or what a parametrization makes of one
             point = Parameter(functional.interpolate_weights(basis, coeff), basis.requires_grad)
             plain.register_parameter(name, point)
         return plain

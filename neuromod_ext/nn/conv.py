@@ -67,6 +67,12 @@ class _ManifoldConv(ManifoldLayer):
         Raises:
             ValueError: No constant function is in the span of the topology's coefficients.
         """
+        layer = cls._like(conv, topology)
+        layer._embed(conv)
+        return layer
+
+    @classmethod
+    def _like(cls: type[Self], conv: PlainConv, topology: Topology) -> Self:
         layer = cls(
             conv.in_channels,
             conv.out_channels,
@@ -81,7 +87,6 @@ class _ManifoldConv(ManifoldLayer):
             conv.weight.dtype,
             topology=topology,
         )
-        layer._embed(conv)
         return layer.train(conv.training)
 
     def forward(

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from neuromod_ext.condition import Conditioned
+from neuromod_ext.nn._fast_path import leave_fast_path, regain_fast_path
 from neuromod_ext.nn._layer import Condition, ManifoldLayer
 from neuromod_ext.nn.conv import ManifoldConv1d, ManifoldConv2d, ManifoldConv3d
 from neuromod_ext.nn.linear import ManifoldLinear
 from neuromod_ext.topology import Topology
 
 # By exact class: a subclass may use its weight in ways of its own.
-CONVERTIBLE: dict[type[nn.Module], Callable[[nn.Module, Topology], ManifoldLayer]] = {
-    nn.Linear: ManifoldLinear.from_linear,  # type: ignore[dict-item]
-    nn.Conv1d: ManifoldConv1d.from_conv,  # type: ignore[dict-item]
-    nn.Conv2d: ManifoldConv2d.from_conv,  # type: ignore[dict-item]
-    nn.Conv3d: ManifoldConv3d.from_conv,  # type: ignore[dict-item]
+CONVERTIBLE: dict[type[nn.Module], Any] = {
+    nn.Linear: ManifoldLinear,
+    nn.Conv1d: ManifoldConv1d,
+    nn.Conv2d: ManifoldConv2d,
+    nn.Conv3d: ManifoldConv3d,
 }
 
 
@@ -36,19 +37,21 @@ def convert(
     replaced; all others (normalisation, attention's own projections) stay as they are.
 
     Args:
-        model: An ordinary model; it is not changed.
+        model: An ordinary model, or one that was converted in part; it is not changed.
         topology: The topology of every new layer.
         init: 'scratch' draws basis points anew, as torch.nn would, whatever the model's weights;
             'pretrained' sets them so that every condition begins with the model's own weights,
-            trained or not.
+            trained or not. Parameters that are frozen stay so.
         include: Called with each candidate's name and module; False leaves that layer ordinary.
 
     Returns:
         The model behind :class:`neuromod_ext.Conditioned`: call it as ``converted(x, s)``.
 
     Raises:
-        ValueError: Nothing to convert; a parameter tied to another layer; 'pretrained' with a
-            topology that has no constant function in its span.
+        TypeError: ``topology`` is none.
+        ValueError: Another ``init``; nothing to convert; a parameter tied to another layer; a
+            weight that is pruned or normalised; 'pretrained' with a topology that has no constant
+            function in its span.
     """
     if init not in ("scratch", "pretrained"):
         raise ValueError(f"convert: expected init 'scratch' or 'pretrained', got {init!r}")
@@ -56,23 +59,32 @@ def convert(
         raise TypeError(
             f"convert: expected topology to be a Topology, got {type(topology).__name__}"
         )
-    model = copy.deepcopy(model)
-    chosen = {
-        name: module
+    if isinstance(model, Conditioned):  # of another topology
+        model = model.module
+    names = [
+        name
         for name, module in model.named_modules()
         if type(module) in CONVERTIBLE and include(name, module)
-    }
-    if not chosen:
+    ]
+    if not names:
         raise ValueError("convert: expected a model with a layer to convert, got none")
+    _refuse_made(model, names)
+    model = copy.deepcopy(model)
+    chosen = {name: model.get_submodule(name) for name in names}
     _refuse_tied(model, chosen)
 
     def replacement(module: nn.Module) -> ManifoldLayer:
-        layer = CONVERTIBLE[type(module)](module, topology)
-        if init == "scratch":
-            layer.reset_parameters()
+        layer: ManifoldLayer = CONVERTIBLE[type(module)]._like(module, topology)
+        if init == "pretrained":
+            layer._embed(module)
+        for name, basis in layer.named_parameters(recurse=False):
+            basis.requires_grad_(module.get_parameter(name).requires_grad)
         return layer
 
-    return Conditioned(_replaced(model, {m: replacement(m) for m in chosen.values()}))
+    for module in chosen.values():
+        _become(module, replacement(module))
+    leave_fast_path(model)
+    return Conditioned(model)
 
 
 def fold(model: nn.Module, s: Condition | None = None, *, coeff: Tensor | None = None) -> nn.Module:
@@ -90,23 +102,43 @@ def fold(model: nn.Module, s: Condition | None = None, *, coeff: Tensor | None =
         ValueError: No manifold layer, or not exactly one condition.
     """
     model = copy.deepcopy(model)
-    if isinstance(model, Conditioned):
-        model = model.module
+    for module in list(model.modules()):
+        if isinstance(module, Conditioned):
+            _become(module, module.module)
     layers = [module for module in model.modules() if isinstance(module, ManifoldLayer)]
     if not layers:
         raise ValueError("fold: expected a model with a manifold layer, got none")
-    return _replaced(model, {layer: layer.fold(s, coeff=coeff) for layer in layers})
-
-
-def _replaced(model: nn.Module, by: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The model with modules replaced, wherever and however often they stand."""
-    if model in by:
-        return by[model]
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in by:
-                parent._modules[name] = by[child]
+    for layer in layers:
+        _become(layer, layer.fold(s, coeff=coeff))
+    regain_fast_path(model)
     return model
+
+
+def _become(old: nn.Module, new: nn.Module) -> None:
+    """Make a module another one, wherever it is held: by its parents, in lists, by what wraps it.
+
+    What watches it from outside goes on, but for hooks that make its weights.
+    """
+    made = any(old._parameters.get(name) is None for name, _ in new.named_parameters(recurse=False))
+    for name, hooks in vars(old).items():
+        if name in _HOOKS and not (made and name.startswith("_forward_pre")):
+            vars(new)[name] = hooks
+    vars(old).clear()
+    vars(old).update(vars(new))
+    old.__class__ = type(new)
+
+
+_HOOKS = {name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name}
+
+
+def _refuse_made(model: nn.Module, names: list[str]) -> None:
+    """What pruning and weight_norm make of parameters is no parameter, and cannot be copied."""
+    for name in names:
+        if model.get_submodule(name)._parameters.get("weight") is None:
+            raise ValueError(
+                f"convert: expected a weight that is a parameter in {name!r}, got one that is made "
+                "of others (pruned or normalised); leave it out with include"
+            )
 
 
 def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:

@@ -26,6 +26,9 @@ class ManifoldLinear(ManifoldLayer):
 
     Shapes: ``weight`` [K, O, I], ``bias`` [K, O], input [B, ..., I], output [B, ..., O].
 
+    Raises:
+        TypeError: ``topology`` is none.
+
     Source: Benjamin et al., "Walking the Weight Manifold".
     """
 
@@ -51,16 +54,20 @@ class ManifoldLinear(ManifoldLayer):
         Raises:
             ValueError: No constant function is in the span of the topology's coefficients.
         """
-        like = linear.weight
+        layer = cls._like(linear, topology)
+        layer._embed(linear)
+        return layer
+
+    @classmethod
+    def _like(cls, linear: nn.Linear, topology: Topology) -> ManifoldLinear:
         layer = cls(
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
-            like.device,
-            like.dtype,
+            linear.weight.device,
+            linear.weight.dtype,
             topology=topology,
         )
-        layer._embed(linear)
         return layer.train(linear.training)
 
     def forward(

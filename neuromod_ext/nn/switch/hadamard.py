@@ -21,11 +21,11 @@ class Hadamard(Modulator):
 
     .. math:: M = R_2 R_1, \qquad R = p^{-1/2} H_p D \text{ on } p \text{ of the weights}
 
-    H_p is Hadamard's matrix, D a diagonal of random signs. Padding the weights to a power of two
-    would rotate them out of their space, so two powers of two share the work: R_1 rotates the first
-    p weights, p the largest power of two in n. R_2 rotates the last q, which are the other n - p
-    and at least as many of the first p; it is left out where n = p. It is computed by
-    :func:`neuromod_ext.functional.hadamard_rotate`.
+    H_p is Hadamard's matrix, D a diagonal of random signs. Padding the weights to a power of
+    two would rotate them out of their space, so two powers of two share the work: R_1 rotates
+    the first p weights, p the largest power of two in n. R_2 rotates the last q, the least
+    power of two that is 2 (n - p) or more, but p at most; it is left out where n = p. It is
+    computed by :func:`neuromod_ext.functional.hadamard_rotate`.
 
     Args:
         n: Number of weights.

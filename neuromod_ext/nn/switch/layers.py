@@ -40,7 +40,7 @@ def separable(model: nn.Module) -> bool:
 def _one_by_one(module: nn.Module) -> bool:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return False
-    if module._backward_pre_hooks:
+    if module._backward_pre_hooks or getattr(module, "return_indices", False):
         return False
     kind = type(module)
     if kind in _EVALUATED:  # without running statistics, a batch's are taken in evaluation, too

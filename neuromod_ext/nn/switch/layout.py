@@ -12,6 +12,8 @@ from neuromod_ext.nn.switch.layers import TIED
 from neuromod_ext.nn.switch.modulator import Modulator
 from neuromod_ext.nn.switch.structured import BlockDiagonal
 
+_MADE = ("_orig", "_g", "_v")  # parameters of which pruning and weight_norm make a weight
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -92,7 +94,8 @@ def layout(model: nn.Module) -> Layout:
     attention's own projections) stay as they are in every state.
 
     Raises:
-        ValueError: No such layer, a parameter that two layers share, or several dtypes or devices.
+        ValueError: No such layer, a parameter that two layers share, several dtypes or devices, or
+            a weight that is pruned or normalised.
     """
     owners: dict[nn.Parameter, str] = {}
     tied: dict[nn.Parameter, str] = {}
@@ -108,6 +111,11 @@ def layout(model: nn.Module) -> Layout:
         if type(module) not in TIED:
             continue
         for name, parameter in module.named_parameters(recurse=False):
+            if name.endswith(_MADE):
+                raise ValueError(
+                    f"layout: expected weights that are parameters in {module_name!r}, got "
+                    f"{name!r}, of which one is made (pruned or normalised)"
+                )
             if parameter in tied:
                 raise ValueError(
                     "layout: expected parameters of their own, got one tied between "

@@ -48,6 +48,15 @@ class RotatedShift(Modulator):
     def _roundings(self) -> float:
         return 2 * self.rotation._roundings()
 
+    def get_extra_state(self) -> Tensor:
+        """The shift, and what every modulator has."""
+        return torch.cat((torch.tensor([self.steps]), super().get_extra_state()))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what a state_dict holds of that."""
+        self.steps = int(state[0])
+        super().set_extra_state(state[1:])
+
     def extra_repr(self) -> str:
         """Size, seed and shift."""
         return f"{super().extra_repr()}, steps={self.steps}"

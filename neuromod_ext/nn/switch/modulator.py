@@ -199,6 +199,15 @@ class Modulator(nn.Module, ABC):
             return NotImplemented
         return Composition(other, self)
 
+    def get_extra_state(self) -> Tensor:
+        """What M consists of beside its buffers: the seed, if it has one, as 64 bits."""
+        seed = [] if self.seed is None else [self.seed - 2**64 * (self.seed >= 2**63)]
+        return torch.tensor(seed, dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what a state_dict holds of that."""
+        self.seed = int(state[0]) % 2**64 if len(state) else None
+
     def extra_repr(self) -> str:
         """Size and seed."""
         return f"{self.size}" + ("" if self.seed is None else f", seed={self.seed}")

@@ -27,6 +27,7 @@ class _TiedRecurrent(Tied):
                 projection.
         """
         if self.ambient is None:
+            self._expect_no_backward()
             return super().forward(input, hx)
         net: Any = self
         if not isinstance(input, Tensor) or input.dim() != 3 or net.proj_size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from neuromod_ext.nn._layer import conditions
 from neuromod_ext.topology import Discrete, Line, Simplex
 
 State = Tensor | float
@@ -42,7 +43,7 @@ def coefficients(
         TypeError: A dtype of neither.
         ValueError: Out of the domain, or a wrong number of doses.
     """
-    given = torch.as_tensor(state, device=device)
+    given = conditions(state, device)
     if given.dtype is torch.bool:
         given = given.long()
     if not given.is_floating_point():

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from neuromod_ext import functional
-from neuromod_ext._ambient import restored
+from neuromod_ext._ambient import claim, restored
 from neuromod_ext._checks import accumulation_dtype
+from neuromod_ext.nn._fast_path import leave_fast_path, regain_fast_path
 from neuromod_ext.nn.switch.inplace import Part, layer_blocks, parts
 from neuromod_ext.nn.switch.layers import PLAIN, TIED, retyped, separable
 from neuromod_ext.nn.switch.layout import Slot, flattened, layout
@@ -73,12 +74,13 @@ class Switchable(nn.Module):
         self.layout = layout(model)
         _check_modulators(modulators, self.layout.num_weights, self.layout.dtype)
         self.module = retyped(copy.deepcopy(model), TIED)
+        leave_fast_path(self.module)
         self.modulators = cast(Sequence[Modulator], nn.ModuleList(modulators))
         self.register_buffer("shift", self._checked_shift(shift))
         self.keep_original = keep_original
         self._states = Discrete(len(modulators) + 1)
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self._frozen: tuple[dict[str, Points], list[tuple[int, int]]] | None = None
+        self._frozen: tuple[dict[str, Points], list[tuple[int, int, int]]] | None = None
 
     @property
     def state(self) -> int:
@@ -115,11 +117,6 @@ class Switchable(nn.Module):
                 "Switchable: expected parameters in state 0 for a call with a state, got state "
                 f"{layers[0].state}; call switch_back_() first, or leave the state out"
             )
-        if any(layer.ambient is not None for layer in layers):
-            raise RuntimeError(
-                "Switchable: expected layers that no other call is using, got layers whose state "
-                "is set; give each thread a copy of the model"
-            )
         coeff, states = self.coefficients(state)
         points = self._points() if self._frozen is None else self._frozen_points()
         num_states = self._states.n
@@ -127,19 +124,27 @@ class Switchable(nn.Module):
         if states is not None and not all(layer.only_gained for layer in points.values()):
             groups = Groups.of(states, num_states)
 
-        def call(alone: int | None, input: Any) -> Any:
+        def around(path: str, alone: int | None = None) -> Ambient:
             here = coeff
             if alone is not None:
                 here = torch.eye(num_states, dtype=coeff.dtype, device=coeff.device)[alone]
+            return Ambient(points[path], here, states, groups, alone)
+
+        def call(alone: int, input: Any) -> Any:
             for path, layer in named:
-                layer.ambient = Ambient(points[path], here, states, groups, alone)
+                layer.ambient = around(path, alone)
             return self.module(input, *args, **kwargs)
 
+        if not claim("ambient", [(layer, around(path)) for path, layer in named]):
+            raise RuntimeError(
+                "Switchable: expected layers that no other call is using, got layers whose state "
+                "is set; give each thread a copy of the model"
+            )
         try:
             work = self.layout.num_weights
             if groups is not None and groups.serve(input, work) and separable(self.module):
                 return groups.each(call, input)
-            return call(None, input)
+            return self.module(input, *args, **kwargs)
         finally:
             for layer in layers:
                 layer.ambient = None
@@ -180,10 +185,10 @@ class Switchable(nn.Module):
             )
         return points
 
-    def _versions(self) -> list[tuple[int, int]]:
+    def _versions(self) -> list[tuple[int, int, int]]:
         slots = (*self.layout.weights, *self.layout.biases)
         parameters = [slot.of(self.module) for slot in slots]
-        return [(id(p), p._version) for p in parameters]
+        return [(id(p), p.data_ptr(), p._version) for p in (*parameters, self.shift)]
 
     def points(self) -> dict[str, dict[str, Tensor]]:
         """Every switched parameter in all states, [K, ...], by layer and name; differentiable."""
@@ -291,6 +296,7 @@ class Switchable(nn.Module):
         if coeff.dim() != 1:
             raise ValueError(f"fold: expected one state or dose, got {len(coeff)}")
         plain = retyped(copy.deepcopy(self.module), PLAIN)
+        regain_fast_path(plain)
         picked = int(coeff.argmax()) if bool((coeff == 1).any()) else None
         for path, layer in self.points().items():
             for name, basis in layer.items():

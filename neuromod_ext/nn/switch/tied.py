@@ -225,6 +225,19 @@ class Tied(nn.Module):
         self._expect_state_0("loading")
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _expect_no_backward(self) -> None:
+        """Without points around it, a call in a backward pass is one made again, in another state.
+
+        Parameters that are switched in place are in their state then, too.
+        """
+        compiled = torch.compiler.is_compiling()
+        if not compiled and self.state == 0 and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "Switchable: expected the state of the first run in a recomputation, got none; "
+                "pass context_fn=model.checkpoint_contexts and use_reentrant=False to "
+                "torch.utils.checkpoint"
+            )
+
     def _expect_state_0(self, doing: str) -> None:
         if self.state != 0:
             raise RuntimeError(
@@ -238,7 +251,10 @@ class TiedLinear(Tied, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As torch's, or with the points around the call."""
-        return super().forward(input) if self.ambient is None else self.ambient.linear(input)
+        if self.ambient is None:
+            self._expect_no_backward()
+            return super().forward(input)
+        return self.ambient.linear(input)
 
 
 class _TiedConv(Tied):
@@ -250,6 +266,7 @@ class _TiedConv(Tied):
         conv: Any = self
         ambient = self.ambient
         if ambient is None:
+            self._expect_no_backward()
             result: Tensor = super().forward(input)
             return result
         padding = conv.padding
