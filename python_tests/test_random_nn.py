@@ -346,3 +346,25 @@ def test_compiled(make) -> None:
     run(X, torch.tensor([1, 0, 0, 1, 1, 0])).sum().backward()
     assert all(p.grad is None for p in model.task_parameters(0))
     assert all(p.grad is not None for p in model.task_parameters(1))
+
+
+def test_a_state_dict_draws_again() -> None:
+    """Also where the seed is the same: what is there need not be what was drawn."""
+    saved = NeuroModNet.dense((20, 16, 3), 1, seed=3)
+    with torch.device("meta"):
+        bare = NeuroModNet.dense((20, 16, 3), 1, seed=3)
+    rounded = NeuroModNet.dense((20, 16, 3), 1, seed=3).bfloat16().float()
+    for model in (bare.to_empty(device="cpu"), rounded):
+        model.load_state_dict(saved.state_dict())
+        assert torch.equal(model(X, 0), saved(X, 0))
+
+
+def test_inputs_of_another_width_are_refused() -> None:
+    """The index of a hash fits every input that is wide enough."""
+    for model, name in ((FlyHash(20, 64), "FlyHash"), (net(), "FlyNet")):
+        for shape in ((6, 19), (6, 21), (20,)):
+            with pytest.raises(ValueError, match=rf"^{name}: expected input of shape \[B, I\] = "):
+                model(torch.rand(shape))
+    assert net()(X.view(6, 4, 5), 0).shape == (6, 3)
+    with pytest.raises(ValueError, match="FlyNet: expected input"):
+        net().representation(torch.rand(6, 21), 0)

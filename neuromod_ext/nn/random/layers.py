@@ -73,7 +73,7 @@ class _Fixed(nn.Module):
                 f"{type(self).__name__}: expected a state whose {self._name} was "
                 f"{kinds[self.given]}, got one that was {kinds[not self.given]}"
             )
-        if not self.given and state.tolist() != [self.seed, self.stream]:
+        if not self.given:
             self.seed, self.stream = state.tolist()
             self.reset_parameters()
 
@@ -135,7 +135,20 @@ class FlyHash(_Fixed):
 
     def forward(self, input: Tensor) -> Tensor:
         """H of x, [B, I] to [B, H]; see :func:`neuromod_ext.functional.fly_hash`."""
+        self.check_features("FlyHash", input)
         return functional.fly_hash(input, self.index)
+
+    def check_features(self, name: str, input: Tensor) -> None:
+        """Refuse an input that is not [B, I]: the index alone would take any that is long enough.
+
+        Raises:
+            ValueError: It is not.
+        """
+        if isinstance(input, Tensor) and (input.dim() != 2 or input.shape[1] != self.in_features):
+            raise ValueError(
+                f"{name}: expected input of shape [B, I] = [B, {self.in_features}], "
+                f"got {list(input.shape)}"
+            )
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -108,16 +108,23 @@ class FlyNet(_Modulated):
                 with gradients recorded, a frozen one.
             TypeError: A dtype that does not fit.
         """
+        input = self._flattened(input)
         selection = self.modulation.select(task, input.shape[0])
         logits = functional.fly_readout(
-            input.flatten(1), self.hash.index, selection.gain, self.readout.weight, selection.task
+            input, self.hash.index, selection.gain, self.readout.weight, selection.task
         )
         return selection.strengthen(logits)
 
     def representation(self, input: Tensor, task: Task | None = None) -> Tensor:
         """Z = α_t v_t ⊙ h, [B, H]: what the readout reads."""
-        modulated: Tensor = self.modulation(self.hash(input.flatten(1)), task)
+        modulated: Tensor = self.modulation(self.hash(self._flattened(input)), task)
         return modulated
+
+    def _flattened(self, input: Tensor) -> Tensor:
+        """Each sample as a row of I features."""
+        rows = input.flatten(1) if input.dim() > 1 else input
+        self.hash.check_features("FlyNet", rows)
+        return rows
 
 
 class NeuroModNet(_Modulated):
