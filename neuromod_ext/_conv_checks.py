@@ -63,11 +63,15 @@ def _bias(op: str, bias: Tensor | None, basis: Tensor) -> None:
 
 
 def _option(op: str, name: str, values: Sequence[int], dims: int, least: int) -> None:
+    if any(isinstance(value, float) for value in values):
+        raise TypeError(f"{op}: expected {name} of integers, got {_sizes(values)}")
     if len(values) != dims or any(value < least for value in values):
         raise ValueError(
             f"{op}: expected {name} of {dims} number{'s' if dims > 1 else ''} >= {least}, "
             f"got {_sizes(values)}"
         )
+    if any(value >= 2**31 for value in values):
+        raise ValueError(f"{op}: expected {name} below 2**31, got {_sizes(values)}")
 
 
 def _sizes(values: Sequence[int]) -> str:

@@ -177,6 +177,8 @@ def conv_rows(**low: Tensor) -> Rows:
         ("one stride", {"stride": [1]}, ValueError, "stride of 2 numbers >= 1, got [1]"),
         ("negative padding", {"padding": [1, -1]}, ValueError, "padding of 2 numbers >= 0, got [1, -1]"),
         ("three paddings", {"padding": [1, 1, 1]}, ValueError, "padding of 2 numbers >= 0, got [1, 1, 1]"),
+        ("huge stride", {"stride": [1, 2**63 - 1]}, ValueError, "stride below 2**31, got [1, 9223372036854775807]"),
+        ("huge dilation", {"dilation": [2**62, 1]}, ValueError, "dilation below 2**31, got [4611686018427387904, 1]"),
         ("no dilation", {"dilation": [1, 0]}, ValueError, "dilation of 2 numbers >= 1, got [1, 0]"),
         ("no kernel", {"basis": t(3, 10, 3, 0, 2)}, ValueError,
          "basis with a kernel of at least 1 in every dimension, got [0, 2]"),

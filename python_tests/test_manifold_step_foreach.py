@@ -128,3 +128,26 @@ def test_bad_calls() -> None:
         torch.vmap(lambda p, g: MF.manifold_step_foreach_([p], [g], lr=0.1))(
             torch.ones(2, 3, 4), torch.ones(2, 3, 4)
         )
+
+
+def negated(t: Tensor) -> Tensor:
+    """t, of which torch has only noted that it is to be negated."""
+    view = torch.complex(torch.zeros_like(t), -t).conj().imag
+    assert view.is_neg() and torch.equal(view, t)
+    return view
+
+
+def test_pending_negations() -> None:
+    P, g, m = (torch.rand(3, 8) for _ in range(3))
+    inverse = torch.rand(3, 3)
+    want = MF.manifold_step_(P.clone(), g, None, inverse, lr=0.5)
+    one, many = P.clone(), P.clone()
+    MF.manifold_step_(one, negated(g), None, negated(inverse), lr=0.5)
+    MF.manifold_step_foreach_([many], [negated(g)], (), [negated(inverse)], lr=0.5)
+    assert torch.equal(one, want) and torch.equal(many, want)
+    for call in (
+        lambda: MF.manifold_step_(negated(P), g, lr=0.5),
+        lambda: MF.manifold_step_(P.clone(), g, negated(m), lr=0.5, momentum=0.9),
+    ):
+        with pytest.raises(ValueError, match="without a pending negation, got one"):
+            call()

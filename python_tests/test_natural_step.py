@@ -294,3 +294,24 @@ def test_empty(sizes) -> None:
     P, *others = arguments(Draw("empty"), B, (), K, O, I)
     before = P.clone()
     assert torch.equal(MF.natural_step_(P, *others, 1.0), before)
+
+
+def test_the_update_reads_memory_of_its_own_alone() -> None:
+    """Also where tensors share memory and torch does not know of it; and it reads what is meant."""
+    buffer = np.zeros(3 * 5 * 6, np.float32)
+    P = torch.from_numpy(buffer).view(3, 5, 6)
+    x, g, c = torch.rand(4, 6), torch.rand(4, 5), torch.rand(4, 3)
+    update = _ops.OPS["manifold_linear_update_"]
+    for name, args in {
+        "input": (g, torch.from_numpy(buffer)[:24].view(4, 6), c),
+        "grad_output": (torch.from_numpy(buffer)[:20].view(4, 5), x, c),
+        "coeff": (g, x, P[0, :4, :3]),
+    }.items():
+        with pytest.raises(ValueError, match=f"expected {name} in memory of its own"):
+            update(P, *args)
+    noted = [torch.complex(torch.zeros_like(t), -t).conj().imag for t in (g, x, c)]
+    update(P, *noted)
+    want = torch.einsum("bk,bo,bi->koi", c, g, x)
+    torch.testing.assert_close(P, want)
+    with pytest.raises(ValueError, match="basis without a pending negation"):
+        update(torch.complex(P, P).conj().imag, g, x, c)

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import neuromod_ext.functional as MF
 from neuromod_ext import _C, _ops
 
 pytestmark = pytest.mark.skipif(not _ops.EXTENSION, reason="no kernels are built")
@@ -62,3 +64,39 @@ def test_tile_products_of_half_types(isa: str, pairs: bool) -> None:
     assert ("bfloat16 pairs" in asked.stdout) == pairs
     assert "16 tiles" not in asked.stdout
     verify(" and float16", "0.2", ONEDNN_MAX_CPU_ISA=isa)  # and so bfloat16
+
+
+FIRST = """
+import sys, torch
+with torch.backends.mkldnn.flags(enabled=sys.argv[1] == "on"):
+    import neuromod_ext
+    x, P = torch.ones(2, 2).bfloat16(), torch.ones(1, 2, 2).bfloat16()
+    neuromod_ext.functional.manifold_linear(x, P, torch.ones(2, 1))
+print(*neuromod_ext._C.cpu_features())
+"""
+
+
+def test_what_is_switched_off_at_first_is_found_all_the_same() -> None:
+    on, off = (
+        subprocess.run([sys.executable, "-c", FIRST, state], capture_output=True, text=True)
+        for state in ("on", "off")
+    )
+    assert on.returncode == off.returncode == 0, off.stderr
+    assert on.stdout == off.stdout
+
+
+@pytest.mark.parametrize("B, K, O, I", [(47, 4, 32, 68), (43, 4, 60, 46), (66, 4, 67, 56)])
+def test_products_of_ours_do_not_depend_on_threads(B: int, K: int, O: int, I: int) -> None:
+    """Where oneDNN is switched off, torch's product would take threads as it likes."""
+    generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    x, P, c = (torch.randn(*n, generator=generator) for n in ((B, I), (K, O, I), (B, 2)))
+    index = torch.randint(K, (B,), generator=generator)
+    found = []
+    try:
+        with torch.backends.mkldnn.flags(enabled=False):
+            for number in (1, 2):
+                torch.set_num_threads(number)
+                found.append(MF.manifold_linear_local(x, P, index, c))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)

@@ -8,6 +8,7 @@
 
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/params.h"
@@ -135,26 +136,29 @@ inline void check_shape(const char* op, const char* name, const at::Tensor& t, c
                     shape_string(got));
 }
 
-/// `t`, which is written, has one place for each element.
+/// `t`, which is written, has one place for each element, and holds it.
 inline void check_not_expanded(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(!t.is_neg(), op, ": expected ", name, " without a pending negation, got one; call resolve_neg()");
   TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, op, ": expected ", name,
                     " without overlapping elements, got an expanded one; clone it");
+}
+
+/// From where to where the elements of a tensor, which is not empty, lie.
+inline std::pair<uintptr_t, uintptr_t> memory_span(const at::Tensor& t) {
+  int64_t last = 1;  // element, counted from the first
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  return {begin, begin + static_cast<uintptr_t>(last) * t.itemsize()};
 }
 
 /// `t` lies apart from `written`; views that alternate in one piece of memory do not count as such.
 inline void check_apart(const char* op, const char* name, const at::Tensor& t, const char* written_name,
                         const at::Tensor& written) {
-  const auto span = [](const at::Tensor& of) {  // first and last element
-    int64_t length = 0;
-    for (int64_t d = 0; d < of.dim(); ++d) length += (of.size(d) - 1) * of.stride(d);
-    return std::pair{of.storage_offset(), of.storage_offset() + length};
-  };
-  const auto [first, last] = span(t);
-  const auto [written_first, written_last] = span(written);
-  const bool apart =
-      t.numel() == 0 || written.numel() == 0 || !t.is_alias_of(written) || last < written_first || written_last < first;
-  TORCH_CHECK_VALUE(apart, op, ": expected ", name, " in memory of its own, got one that overlaps ", written_name,
-                    "; clone it");
+  if (t.numel() == 0 || written.numel() == 0) return;
+  const auto [begin, end] = memory_span(t);
+  const auto [written_begin, written_end] = memory_span(written);
+  TORCH_CHECK_VALUE(end <= written_begin || written_end <= begin, op, ": expected ", name,
+                    " in memory of its own, got one that overlaps ", written_name, "; clone it");
 }
 
 inline void check_num_basis(const char* op, const char* name, int64_t num_basis) {

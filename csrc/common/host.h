@@ -38,6 +38,12 @@
   TORCH_LIBRARY_IMPL(NEUROMOD_LIBRARY, CPU, library) { library.impl(name, host); } \
   TORCH_LIBRARY_IMPL(NEUROMOD_LIBRARY, CUDA, library) { library.impl(name, host); }
 
+/// An op that writes an argument in place sees negations that are pending: torch would carry them out in a copy, and
+/// expects the op to return what it wrote.
+#define NEUROMOD_IMPL_IN_PLACE(name, host) \
+  NEUROMOD_IMPL(name, host)                \
+  TORCH_LIBRARY_IMPL(NEUROMOD_LIBRARY, Negative, library) { library.impl(name, torch::CppFunction::makeFallthrough()); }
+
 namespace neuromod {
 
 const char* cuda_error_string(int status);  // defined beside the CUDA kernels (common/device.cu)
@@ -105,13 +111,6 @@ inline View mutable_view(const at::Tensor& t) {
   View v = view(t);
   v.data = t.mutable_data_ptr();
   return v;
-}
-
-/// The dimensions between the first and the last as one: [B, ..., I] -> [B, T, I], without a copy where strides allow.
-inline at::Tensor as_tokens(const at::Tensor& t) {
-  int64_t tokens = 1;
-  for (int64_t d = 1; d + 1 < t.dim(); ++d) tokens *= t.size(d);
-  return t.reshape({t.size(0), tokens, t.size(-1)});
 }
 
 /// [K, n...] as a matrix whose rows are dense; copied only where they are not.

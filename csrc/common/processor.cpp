@@ -1,5 +1,6 @@
 #include "common/processor.h"
 
+#include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <exception>
@@ -12,6 +13,21 @@
 namespace neuromod {
 namespace {
 
+/// What f says while oneDNN is not switched off.
+template <class F>
+bool with_onednn(F f) {
+  at::Context& context = at::globalContext();
+  const bool enabled = context.userEnabledMkldnn();
+  context.setUserEnabledMkldnn(true);
+  const bool value = f();
+  context.setUserEnabledMkldnn(enabled);
+  return value;
+}
+
+bool has_matrix_unit(at::ScalarType type) {
+  return with_onednn([&] { return at::native::cpublas::could_pack(type); });
+}
+
 /// torch tells of AMX alone, though its brgemm takes pairs wherever oneDNN has products of them: tried once.
 bool multiplies_pairs() {
 #if defined(__x86_64__)
@@ -22,7 +38,7 @@ bool multiplies_pairs() {
   try {
     at::native::cpublas::brgemm(1, 1, 2, 2, 1, 1, false, a, b, &c, true);
     at::native::cpublas::brgemm_release(true);
-  } catch (const std::exception&) {  // oneDNN is switched off, or kept from AVX-512
+  } catch (const std::exception&) {  // oneDNN is kept from AVX-512
     return false;
   }
   return c == 11;
@@ -35,17 +51,25 @@ bool multiplies_pairs() {
 
 template <>
 HalfTiles half_tiles<BFloat16>() {
-  static const HalfTiles tiles = at::native::cpublas::could_pack(at::kBFloat16) ? HalfTiles::matrix_unit
-                                 : multiplies_pairs()                           ? HalfTiles::pairs
-                                                                                : HalfTiles::widened;
+  static const HalfTiles tiles = has_matrix_unit(at::kBFloat16)  ? HalfTiles::matrix_unit
+                                 : with_onednn(multiplies_pairs) ? HalfTiles::pairs
+                                                                 : HalfTiles::widened;
   return tiles;
 }
 
 template <>
 HalfTiles half_tiles<Float16>() {
-  static const HalfTiles tiles =
-      at::native::cpublas::could_pack(at::kHalf) ? HalfTiles::matrix_unit : HalfTiles::widened;
+  static const HalfTiles tiles = has_matrix_unit(at::kHalf) ? HalfTiles::matrix_unit : HalfTiles::widened;
   return tiles;
+}
+
+bool torch_has_tiles() {
+#if defined(__x86_64__)
+  static const bool avx2 = (__builtin_cpu_init(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+  return avx2 && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
 }
 
 bool torch_product_is_native() {

@@ -1,9 +1,8 @@
-// The inner product of every CPU kernel: one tile C = A B through torch's brgemm (oneDNN: AVX2, AVX-512, AMX; a plain
-// matmul where those are missing), half types as float32 where they have no products of their own; or for float64,
-// which brgemm lacks, by a row operation.
+// The inner product of every CPU kernel: one tile C = A B through torch's brgemm (oneDNN: AVX2, AVX-512, AMX), half
+// types as float32 where they have no products of their own; for float64, and where oneDNN is not there, by a product
+// of ours.
 #pragma once
 
-#include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -132,6 +131,10 @@ void widen_right(int64_t d, int64_t length, int64_t cols, Tile<T> b, float* to) 
   }
 }
 
+template <class T>
+void tile_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<T> b, acc_t<T>* c, int64_t ldc,
+                  bool accumulate);
+
 /// tile_product of half types as float32, so deep at a time that the copies stay in cache; an interleaved depth is
 /// even.
 template <class T>
@@ -143,8 +146,7 @@ void widened_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<
     const int64_t length = std::min(most, depth - d);
     for (int64_t r = 0; r < rows; ++r) vectors<T>().widen(length, a.data + r * a.stride + d, left.data() + r * stride);
     widen_right(d, length, cols, b, right.data());
-    at::native::cpublas::brgemm(rows, cols, length, stride, cols, ldc, accumulate || d > 0, left.data(), right.data(),
-                                c, false);
+    tile_product<float>(rows, cols, length, {left.data(), stride}, {right.data(), cols}, c, ldc, accumulate || d > 0);
   }
 }
 
@@ -156,12 +158,13 @@ void tile_product(int64_t rows, int64_t cols, int64_t depth, Tile<T> a, Tile<T> 
     for (int64_t r = 0; r < rows && !accumulate; ++r) std::fill_n(c + r * ldc, cols, acc_t<T>(0));
     return;
   }
-  if constexpr (std::is_same_v<T, double>) {
-    vectors<T>().product(rows, cols, depth, a.data, a.stride, 1, b.data, b.stride, c, ldc, accumulate);
-  } else {
-    if constexpr (is_half_type<T>)
-      if (!interleaved<T>() || !at::globalContext().userEnabledMkldnn())
-        return widened_product(rows, cols, even_depth<T>(depth), a, b, c, ldc, accumulate);
+  const bool torch = torch_has_tiles();
+  if constexpr (is_half_type<T>) {
+    if (!torch || !interleaved<T>()) return widened_product(rows, cols, even_depth<T>(depth), a, b, c, ldc, accumulate);
+  } else if (!torch || std::is_same_v<T, double>) {
+    return vectors<T>().product(rows, cols, depth, a.data, a.stride, 1, b.data, b.stride, c, ldc, accumulate);
+  }
+  if constexpr (!std::is_same_v<T, double>) {
     using Torch = typename detail::TorchType<T>::type;
     at::native::cpublas::brgemm(rows, cols, even_depth<T>(depth), a.stride, b.stride, ldc, accumulate,
                                 reinterpret_cast<const Torch*>(a.data), reinterpret_cast<const Torch*>(b.data), c,

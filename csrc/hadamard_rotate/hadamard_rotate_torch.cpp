@@ -88,10 +88,8 @@ void check_memory(const char* op, at::TensorList weights) {
     const Tensor& t = weights[i];
     check_not_expanded(op, ("weights[" + std::to_string(i) + "]").c_str(), t);
     if (t.numel() == 0) continue;
-    int64_t last = 1;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-    spans.push_back({begin, begin + static_cast<uintptr_t>(last) * t.itemsize(), i});
+    const auto [begin, end] = memory_span(t);
+    spans.push_back({begin, end, i});
   }
   std::sort(spans.begin(), spans.end());
   for (size_t i = 1; i < spans.size(); ++i)

@@ -39,6 +39,8 @@ void check_option(const char* op, const char* name, IntArrayRef values, int64_t 
   for (const int64_t value : values) right = right && value >= least;
   TORCH_CHECK_VALUE(right, op, ": expected ", name, " of ", dims, dims == 1 ? " number" : " numbers", " >= ", least,
                     ", got ", values);
+  for (const int64_t value : values)  // sizes are sums and products of these
+    TORCH_CHECK_VALUE(value < int64_t(1) << 31, op, ": expected ", name, " below 2**31, got ", values);
 }
 
 /// The params of a call, without tensors; y's size is that of the output.

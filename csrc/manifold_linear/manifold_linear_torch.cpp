@@ -300,8 +300,9 @@ void manifold_linear_update_(const Tensor& basis, const Tensor& grad_output, con
   check_not_expanded(op, "basis", basis);
   check_apart(op, "grad_output", grad_output, "basis", basis);
   check_apart(op, "input", input, "basis", basis);
+  check_apart(op, "coeff", coeff, "basis", basis);
   const Tensor rows = with_dense_rows(basis);
-  outer(op, grad_output, input, coeff, rows, true);
+  outer(op, grad_output.resolve_neg(), input.resolve_neg(), coeff.resolve_neg(), rows, true);
   if (!rows.is_same(basis)) basis.copy_(rows);
   mark_written(basis);
 }
@@ -399,7 +400,7 @@ NEUROMOD_IMPL("manifold_linear_backward", &manifold_linear_backward)
 NEUROMOD_IMPL("manifold_linear_grad_input", &manifold_linear_grad_input)
 NEUROMOD_IMPL("manifold_linear_grad_basis", &manifold_linear_grad_basis)
 NEUROMOD_IMPL("manifold_linear_grad_coeff", &manifold_linear_grad_coeff)
-NEUROMOD_IMPL("manifold_linear_update_", &manifold_linear_update_)
+NEUROMOD_IMPL_IN_PLACE("manifold_linear_update_", &manifold_linear_update_)
 NEUROMOD_IMPL("manifold_linear_local", &manifold_linear_local)
 NEUROMOD_IMPL("manifold_linear_local_backward", &manifold_linear_local_backward)
 

@@ -24,6 +24,10 @@ struct Operands {
   std::string suffix;
 };
 
+/// Without a pending negation: torch carries out neither those of an op in place nor those in a list of optional
+/// tensors.
+OptionalTensor resolved(const OptionalTensor& t) { return t ? OptionalTensor(t->resolve_neg()) : t; }
+
 void check_number(const char* op, const char* name, double value) {
   TORCH_CHECK_VALUE(std::isfinite(value), op, ": expected ", name, " to be finite, got ", value);
 }
@@ -73,10 +77,8 @@ void check_memory(const char* op, const std::vector<Operands>& operands) {
   const auto add = [&](const Tensor& t, const char* name, bool written, const Operands& of) {
     if (written) check_not_expanded(op, (name + of.suffix).c_str(), t);
     if (t.numel() == 0) return;
-    int64_t last = 1;  // element, counted from the first
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-    spans.push_back({begin, begin + static_cast<uintptr_t>(last) * t.itemsize(), written, name, &of});
+    const auto [begin, end] = memory_span(t);
+    spans.push_back({begin, end, written, name, &of});
   };
   for (const Operands& all : operands) {
     add(all.param, "param", true, all);
@@ -135,7 +137,7 @@ void manifold_step_(const Tensor& param, const Tensor& grad, const OptionalTenso
                     const OptionalTensor& metric_inverse, double lr, double momentum, double dampening,
                     double weight_decay, bool nesterov, bool maximize, bool first_step) {
   constexpr auto op = "manifold_step_";
-  const std::vector<Operands> operands{{param, grad, momentum_buffer, metric_inverse, ""}};
+  const std::vector<Operands> operands{{param, grad.resolve_neg(), momentum_buffer, resolved(metric_inverse), ""}};
   const ManifoldStepNumbers numbers{lr, nullptr, momentum, dampening, weight_decay, nesterov, maximize, first_step};
   check_operands(op, operands[0], momentum);
   check_memory(op, operands);
@@ -162,7 +164,7 @@ void manifold_step_foreach_(at::TensorList params, at::TensorList grads, at::Ten
   operands.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     const std::string suffix = "s[" + std::to_string(i) + "]";
-    operands.push_back({params[i], grads[i], {}, metric_inverses.get(i), suffix});
+    operands.push_back({params[i], grads[i], {}, resolved(metric_inverses.get(i)), suffix});
     if (!momentum_buffers.empty()) operands[i].momentum_buffer = momentum_buffers[i];
     if (i > 0) check_like(op, ("param" + suffix).c_str(), params[i], "params[0]", params[0]);
     check_operands(op, operands[i], momentum);
@@ -194,7 +196,7 @@ TORCH_LIBRARY_FRAGMENT(NEUROMOD_LIBRARY, library) {
       "Tensor?[] metric_inverses, Tensor lr, *, float momentum=0.0, float dampening=0.0, float weight_decay=0.0, "
       "bool nesterov=False, bool maximize=False, bool first_step=False) -> ()");
 }
-NEUROMOD_IMPL("manifold_step_", &manifold_step_)
+NEUROMOD_IMPL_IN_PLACE("manifold_step_", &manifold_step_)
 NEUROMOD_IMPL("manifold_step_foreach_", &manifold_step_foreach_)
 
 }  // namespace
