@@ -71,6 +71,8 @@ def _manifold_conv(
 ) -> Tensor:
     op = f"manifold_conv{dims}d"
     _checks.tensors(op, input=input, basis=basis, coeff=coeff)
+    if bias is not None:
+        _checks.tensors(op, bias=bias)
     if _checks.autocast_enabled(input.device):
         input, basis, bias = low_precision(input.device, input, basis, bias)
         with torch.autocast(input.device.type, enabled=False):

@@ -154,12 +154,15 @@ def gain_linear(
     """
     op = "gain_linear"
     _checks.tensors(op, input=input, gain=gain, weight=weight)
+    for name, t in (("bias", bias), ("task", task)):
+        if t is not None:
+            _checks.tensors(op, **{name: t})
     if _checks.autocast_enabled(input.device):
         input, gain, weight, bias = low_precision(input.device, input, gain, weight, bias)
     _fly_checks.gain_linear(input, gain, weight, bias, task)
     if task is not None:
         scale = gain.index_select(0, task)
-        input = input * scale.reshape(-1, *[1] * (input.dim() - 2), scale.shape[-1])
+        input = input * scale.reshape(scale.shape[0], *[1] * (input.dim() - 2), scale.shape[-1])
     elif size_left_open(input.numel()) or input.numel() <= weight.numel():
         input = input * gain
     else:

@@ -57,10 +57,12 @@ def manifold_linear(
 
     .. math:: y_{b} = \sum_k c_{bk} (P_k x_b + \beta_k)
 
-    The weights of a batch are never stored (on CUDA those of a few samples may be, 32 MiB of them
-    or one, and 128 MiB of products). Dimensions of ``input`` between the first and the last
-    (tokens) share their sample's condition. One condition for the whole batch is folded into one
-    weight, and then costs what ``torch.nn.functional.linear`` costs, or less.
+    The weights of a batch are never stored. (On CUDA, for cuBLAS, those of a few samples may be:
+    32 MiB at most, or one. So may the basis points' products: 128 MiB at most.)
+
+    Dimensions of ``input`` between the first and the last (tokens) share their sample's condition.
+    One condition for the whole batch is folded into one weight, and then costs what
+    ``torch.nn.functional.linear`` costs, or less.
 
     The order of the sums depends on the shapes: many tokens a sample have its weight blended,
     rounded to the dtype, first. A NaN or an infinity among the operands makes every
@@ -83,6 +85,8 @@ def manifold_linear(
     Source: the basis-point decomposition of Benjamin et al., "Walking the Weight Manifold".
     """
     _checks.tensors("manifold_linear", input=input, basis=basis, coeff=coeff)
+    if bias is not None:
+        _checks.tensors("manifold_linear", bias=bias)
     if _checks.autocast_enabled(input.device):
         input, basis, bias = low_precision(input.device, input, basis, bias)
         with torch.autocast(input.device.type, enabled=False):
@@ -146,6 +150,8 @@ def manifold_linear_local(
     """
     op = "manifold_linear_local"
     _checks.tensors(op, input=input, basis=basis, index=index, coeff=coeff)
+    if bias is not None:
+        _checks.tensors(op, bias=bias)
     if _checks.autocast_enabled(input.device):
         input, basis, bias = low_precision(input.device, input, basis, bias)
         with torch.autocast(input.device.type, enabled=False):
@@ -197,6 +203,8 @@ def manifold_metric(coeff: Tensor, weight: Tensor | None = None) -> Tensor:
     Source: the metric M(s) of Benjamin et al., "Walking the Weight Manifold", integrated.
     """
     _checks.tensors("manifold_metric", coeff=coeff)
+    if weight is not None:
+        _checks.tensors("manifold_metric", weight=weight)
     if _checks.autocast_enabled(coeff.device):
         with torch.autocast(coeff.device.type, enabled=False):
             return autograd.manifold_metric(coeff, weight)
@@ -355,6 +363,9 @@ def manifold_step_(
     Source: ΔP = −(1/2λ) [∫M ds]⁻¹ ∫g ds of Benjamin et al., "Walking the Weight Manifold".
     """
     _checks.tensors("manifold_step_", param=param, grad=grad)
+    for name, t in (("momentum_buffer", momentum_buffer), ("metric_inverse", metric_inverse)):
+        if t is not None:
+            _checks.tensors("manifold_step_", **{name: t})
     refuse_transforms("manifold_step_")
     OPS["manifold_step_"](
         param,
@@ -418,7 +429,12 @@ def manifold_step_foreach_(
     refuse_transforms(op)
     if metric_inverses is None:
         metric_inverses = [None] * len(params)
-    rate = torch.as_tensor(lr, dtype=torch.float64).reshape(())
+    inverses = {f"metric_inverses[{i}]": t for i, t in enumerate(metric_inverses)}
+    _checks.tensors(op, **{name: t for name, t in inverses.items() if t is not None})
+    rate = torch.as_tensor(lr, dtype=torch.float64)
+    if rate.numel() != 1:
+        raise ValueError(f"{op}: expected lr of one element, got shape {list(rate.shape)}")
+    rate = rate.reshape(())
     OPS[op](
         list(params),
         list(grads),

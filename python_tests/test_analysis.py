@@ -186,6 +186,19 @@ def test_zero_points_are_left_out() -> None:
         assert torch.equal(plain, with_zeros)
 
 
+@pytest.mark.parametrize("scale", [1e-14, 1e-30, 1e25])
+def test_similarities_do_not_depend_on_the_length_of_points(scale: float) -> None:
+    cells = points(UNEVEN)
+    scaled = [[(z * scale).float() for z in row] for row in cells]
+    assert taken_in(scaled).score() == pytest.approx(taken_in(cells).score(), rel=1e-5)
+    found, want = (
+        analysis.similarity_histogram(lambda t, c, z=z: z[t][c], range(T), range(C), bins=8)
+        for z in (scaled, [[z.float() for z in row] for row in cells])
+    )
+    assert (found.intra - want.intra).abs().max() <= 2  # at the edge of a bin
+    assert (found.inter - want.inter).abs().max() <= 2
+
+
 @pytest.mark.parametrize("cells_at_once", [1, 2, 100])
 def test_similarity_histogram_counts_every_pair(cells_at_once: int) -> None:
     cells = points(UNEVEN)
@@ -267,6 +280,8 @@ def test_cluster_tasks_is_average_linkage() -> None:
 
 
 EYE = torch.eye(4)
+INFINITE = torch.zeros(4, 4)
+INFINITE[0, 3] = INFINITE[3, 0] = torch.inf
 INDEX = torch.tensor([[0, 1], [1, 2], [0, 2], [2, 3]])
 PAIRS = analysis.PairSimilarity
 
@@ -296,11 +311,18 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: taken_in(points(UNEVEN)).update(EYE, 0, torch.zeros(4).long()), ValueError, "N, 17"),
     (lambda: analysis.similarity_histogram(cell, [0], [0, 1]), ValueError, "least 2, got 1"),
     (lambda: analysis.similarity_histogram(cell, [0, 1], [0, 1], bins=0), ValueError, "got 0"),
+    (
+        lambda: analysis.similarity_histogram(lambda t, c: EYE * np.nan, [0, 1], [0, 1]),
+        ValueError,
+        "finite",
+    ),
+    (lambda: analysis.mantel_test(EYE + INFINITE, EYE), ValueError, "got non-finite entries"),
+    (lambda: analysis.neighbour_share(EYE + INFINITE), ValueError, "got non-finite entries"),
     (lambda: analysis.similarity_histogram(lambda t, c: 1, [0, 1], [0, 1]), TypeError, "got int"),
     (lambda: analysis.reconstruct(INDEX, 3, EYE, EYE), ValueError, "I - 1 = 2, got 0 to 3"),
     (lambda: analysis.reconstruct(INDEX[[0, 0]] * 0, 3, EYE, EYE), ValueError, "H = 2 columns"),
     (lambda: analysis.reconstruct(INDEX * 0, 3, EYE, EYE), ValueError, "two alike in row 0"),
-    (lambda: analysis.reconstruct(INDEX.int(), 4, EYE, EYE), TypeError, "int64, got int32"),
+    (lambda: analysis.reconstruct(INDEX.short(), 4, EYE, EYE), TypeError, "int64, got int16"),
     (lambda: analysis.reconstruct(INDEX, 4, EYE, EYE, noise=-1), ValueError, ">= 0 and finite"),
     (lambda: analysis.cluster_tasks(EYE, method="ward"), ValueError, "got 'ward'"),
     (lambda: analysis.cluster_tasks(2 * EYE + 2), ValueError, "at most 1, got 4"),

@@ -1,5 +1,6 @@
 """Ops refuse bad calls in the documented class and words: kernel, fake and reference alike."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from conftest import Backend
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import neuromod_ext.functional as MF
 from neuromod_ext import _ops, reference
 
 ROWS = [
@@ -65,3 +67,39 @@ def test_same_words(name: str, change: dict[str, Any], error: type, words: str) 
     for caught in (by_reference, by_fake):
         assert type(caught) is error
         assert str(caught) == told
+
+
+ONE = torch.ones(3, 3)
+OPTIONAL = {
+    "manifold_linear: expected bias": lambda: MF.manifold_linear(ONE, ONE[None], ONE[:, :1], "a"),
+    "manifold_linear_local: expected bias": lambda: MF.manifold_linear_local(
+        ONE, ONE[None], torch.zeros(3).long(), ONE[:, :1], 3
+    ),
+    "manifold_conv2d: expected bias": lambda: MF.manifold_conv2d(
+        ONE[None], ONE[None, None, None], ONE[0, :1], 3
+    ),
+    "gain_linear: expected bias": lambda: MF.gain_linear(ONE, ONE[0], ONE, 1),
+    "gain_linear: expected task": lambda: MF.gain_linear(ONE, ONE, ONE, None, 1),
+    "manifold_metric: expected weight": lambda: MF.manifold_metric(ONE, [1, 1, 1]),
+    "manifold_step_: expected momentum_buffer": lambda: MF.manifold_step_(ONE, ONE, 1, lr=1),
+    "manifold_step_: expected metric_inverse": lambda: MF.manifold_step_(ONE, ONE, None, [1], lr=1),
+    "manifold_step_foreach_: expected metric_inverses[0]": lambda: MF.manifold_step_foreach_(
+        [ONE], [ONE], (), [1], lr=1
+    ),
+}
+
+
+@pytest.mark.parametrize("words", OPTIONAL)
+def test_optional_arguments_are_tensors(words: str) -> None:
+    with pytest.raises(TypeError, match=f"^{re.escape(words)} to be a Tensor, got "):
+        OPTIONAL[words]()
+
+
+def test_a_rate_is_one_number() -> None:
+    with pytest.raises(ValueError, match=r"expected lr of one element, got shape \[2\]"):
+        MF.manifold_step_foreach_([ONE], [ONE], lr=torch.ones(2))
+
+
+def test_options_of_a_convolution_are_whole_numbers() -> None:
+    with pytest.raises(TypeError, match=r"manifold_conv2d: expected stride of integers, got \[1.5"):
+        MF.manifold_conv2d(ONE[None], ONE[None, None, None], ONE[0, :1], stride=1.5)

@@ -99,6 +99,11 @@ def test_an_optimizer_uses_it_for_its_topology_only() -> None:
             "at least one condition",
         ),
         (
+            lambda: EmpiricalMetric(nm.Line()).update(coeff=torch.ones(4, 1)),
+            ValueError,
+            r"coeff of shape \[B, K\] = \[B, 2\], got \[4, 1\]",
+        ),
+        (
             lambda: EmpiricalMetric(nm.Line()).update(torch.tensor([2.0])),
             ValueError,
             "Line: expected s",

@@ -100,3 +100,21 @@ def test_a_swapped_parameter_keeps_its_topology() -> None:
 def test_copies_of_parameters_warn() -> None:
     with pytest.warns(UserWarning, match="ManifoldSGD: no parameter of a manifold layer"):
         ManifoldSGD([nn.Parameter(p.detach().clone()) for p in model(nm.Line()).parameters()], 0.1)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("empirical", [False, True])
+def test_a_copied_optimizer_goes_on(how, empirical, tmp_path) -> None:
+    topology = nm.Ellipse()
+    net = model(topology)
+    metric = EmpiricalMetric(topology) if empirical else None
+    if metric is not None:
+        metric.update(torch.rand(32, dtype=torch.float64))
+    optimizer = ManifoldSGD(net.parameters(), 0.05, momentum=0.9, metric=metric)
+    train(net, optimizer, topology, range(2))
+    copied_net, copied = round_trip((net, optimizer), how, tmp_path)
+    train(net, optimizer, topology, range(2, 4))
+    train(copied_net, copied, topology, range(2, 4))
+    for p, q in zip(net.parameters(), copied_net.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert copied.state_dict().keys() == optimizer.state_dict().keys()

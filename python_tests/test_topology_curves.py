@@ -233,3 +233,10 @@ def test_a_learned_basis_is_integrated_without_a_graph():
     assert not t.gram_inverse().requires_grad
     assert not t.constant().requires_grad
     assert t(torch.rand(2)).requires_grad
+
+
+def test_ill_conditioned_closed_forms_are_refused():
+    assert Bezier(20).gram_inverse().isfinite().all()
+    for t in (Bezier(21), Bezier(20) * Bezier(1)):
+        with pytest.raises(ValueError, match=r"expected a Gram matrix of condition number below"):
+            t.gram_inverse()

@@ -167,6 +167,7 @@ def test_with_density_replaces_an_earlier_one():
         (lambda s: s / 0, "finite and >= 0"),
         (lambda s: s.sum(), r"density\(s\) of shape \[128\]"),
         (lambda s: 0 * s, "> 0 somewhere"),
+        (lambda s: 1.0, "to be a Tensor"),
     ],
 )
 def test_density_must_be_one(density, words):
@@ -200,3 +201,8 @@ def test_sample_refuses():
         Discrete(3).sample(3, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"^Line: expected n >= 0, got -1"):
         Line().sample(-1)
+    with pytest.raises(ValueError, match=r"whole numbers up to 299, got torch.uint8"):
+        Discrete(300).sample(3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"whole numbers up to 299, got torch.bfloat16"):
+        (Line() * Discrete(300)).sample(3, dtype=torch.bfloat16)
+    assert (Line() * Discrete(257)).sample(3, dtype=torch.bfloat16).shape == (3, 2)

@@ -25,10 +25,21 @@ def similarity(op: str, name: str, t: Tensor) -> Tensor:
         raise ValueError(
             f"{op}: expected {name} of shape [T, T] with T >= 2, got {_checks._shape(t.shape)}"
         )
-    if not torch.allclose(t, t.mT, rtol=0, atol=1e-5):
-        got = "non-finite entries" if not t.isfinite().all() else "another transpose"
+    finite = bool(t.isfinite().all())
+    if not finite or not torch.allclose(t, t.mT, rtol=0, atol=1e-5):
+        got = "another transpose" if finite else "non-finite entries"
         raise ValueError(f"{op}: expected {name} symmetric and finite, got {got}")
     return t
+
+
+def units(op: str, name: str, points: Tensor) -> Tensor:
+    """Vectors of length 1, float64, in the direction of points of any length but 0, [N, D]."""
+    if not points.isfinite().all():
+        raise ValueError(f"{op}: expected {name} to be finite, got a NaN or an infinity")
+    points = points.detach().double()
+    points = points / points.abs().amax(1, keepdim=True)  # so that no square is 0 or infinite
+    directions: Tensor = points / points.norm(dim=1, keepdim=True)
+    return directions
 
 
 def scipy(op: str, module: str) -> Any:

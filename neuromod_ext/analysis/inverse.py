@@ -31,7 +31,8 @@ def reconstruct(
     any rank of S: it comes from the eigenvectors of SᵀS, whose entries are whole numbers.
 
     Args:
-        index: The inputs of each hidden unit, [H, n], int64, from 0 to I - 1, none twice in a row.
+        index: The inputs of each hidden unit, [H, n], int32 or int64, from 0 to I - 1, none twice
+            in a row.
         in_features: I.
         prototypes: The rows of R, one a class, [C, H].
         gains: The contexts α_t v_t, one a task, [T, H].
@@ -42,7 +43,7 @@ def reconstruct(
         [T, C, I], float64, on the device of ``gains``.
 
     Raises:
-        TypeError: ``index`` is not int64, or another argument is no floating tensor.
+        TypeError: ``index`` is of another dtype, or another argument is no floating tensor.
         ValueError: Shapes that do not fit, an index out of its range or twice in a row, or a noise
             below 0 or not finite.
 
@@ -50,8 +51,11 @@ def reconstruct(
     Learning of Manifolds Common Across Tasks", equation 3.
     """
     op_checks.tensors(_OP, index=index)
-    if index.dtype != torch.int64:
-        raise TypeError(f"{_OP}: expected index of dtype int64, got {op_checks._name(index.dtype)}")
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{_OP}: expected index of dtype int32 or int64, got {op_checks._name(index.dtype)}; "
+            "convert it with .long()"
+        )
     op_checks._rank(_OP, "index", index, 2, "[H, n]")
     hidden = len(index)
     gains = _checks.matrix(_OP, "gains", gains, "[T, H]")
@@ -65,7 +69,7 @@ def reconstruct(
     sigma = 1 / math.sqrt(max(hidden, 1)) if noise is None else noise
     if not 0 <= sigma < math.inf:
         raise ValueError(f"{_OP}: expected noise >= 0 and finite, got {noise}")
-    dense = _dense(index.to(gains.device), in_features)
+    dense = _dense(index.to(gains.device, torch.int64), in_features)
     seen = gains.unsqueeze(1) * prototypes
     if sigma:
         drawn = torch.randn(seen.shape, generator=generator, dtype=torch.float64)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from neuromod_ext import _checks as op_checks
 from neuromod_ext.analysis import _checks
@@ -77,7 +76,8 @@ class PairSimilarity:
 
         Raises:
             TypeError: ``points`` is no floating tensor, or ``label`` is not int64.
-            ValueError: Shapes that do not fit, or a task or a class out of its range.
+            ValueError: Shapes that do not fit, a point that is not finite, or a task or a class out
+                of its range.
         """
         op = "PairSimilarity.update"
         points = _checks.matrix(op, "points", points, "[N, D]")
@@ -94,7 +94,7 @@ class PairSimilarity:
             )
         directed = points.any(1)
         self.left_out += int((~directed).sum())
-        units = F.normalize(points[directed], dim=1)
+        units = _checks.units(op, "points", points[directed])
         label = label.to(units.device)[directed]
         self._sums[task].index_add_(0, label, units)
         self._counts[task] += label.bincount(minlength=self.classes).cpu()
@@ -249,8 +249,8 @@ def similarity_histogram(
 
     Raises:
         TypeError: ``cell`` returns no floating tensor.
-        ValueError: It returns another shape, there are less than two tasks or classes, or a number
-            is below 1.
+        ValueError: It returns another shape or what is not finite, there are less than two tasks or
+            classes, or a number is below 1.
     """
     op = "similarity_histogram"
     for name, value, least in (
@@ -271,9 +271,10 @@ def similarity_histogram(
             op_checks._rank(op, "cell", points, 2, "[N, D]")
         directed = [points[points.any(1)] for points in cells]
         sizes = torch.tensor([len(points) for points in directed])
-        return F.normalize(torch.cat(directed), dim=1), torch.arange(len(keys)).repeat_interleave(
-            sizes
-        )
+        points = torch.cat(directed)
+        wide = torch.promote_types(points.dtype, torch.float32)
+        units = _checks.units(op, "points", points).to(wide)
+        return units, torch.arange(len(keys)).repeat_interleave(sizes)
 
     def counted(keys: list[tuple[int, int]]) -> Tensor:
         """Pairs of different cells among these."""

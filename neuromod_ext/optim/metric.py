@@ -52,7 +52,7 @@ class EmpiricalMetric:
             coeff: Their coefficients instead, [B, K].
 
         Raises:
-            ValueError: Not exactly one of both, or no sample.
+            ValueError: Not exactly one of both, no sample, or another number of coefficients.
         """
         if (s is None) == (coeff is None):
             got = "neither" if s is None else "both"
@@ -60,6 +60,12 @@ class EmpiricalMetric:
         if s is not None:
             coeff = self.topology(s)
         assert coeff is not None
+        K = self.topology.num_basis
+        if coeff.dim() == 0 or coeff.shape[-1] != K:
+            raise ValueError(
+                f"EmpiricalMetric.update: expected coeff of shape [B, K] = [B, {K}], "
+                f"got {list(coeff.shape)}"
+            )
         gram = functional.manifold_metric(coeff.reshape(-1, coeff.shape[-1]))
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(gram)

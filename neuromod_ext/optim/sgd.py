@@ -116,9 +116,14 @@ class ManifoldSGD(Optimizer):
             device = group["params"][0].device if group["params"] else None
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float64, device=device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: beside torch's own, the empirical metric."""
+        return {**super().__getstate__(), "metric": self.metric}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state of before there were ``foreach`` and ``capturable``, too."""
         super().__setstate__(state)
+        vars(self).setdefault("_inverses", {})
         for group in self.param_groups:
             group.setdefault("foreach", None)
             group.setdefault("capturable", False)

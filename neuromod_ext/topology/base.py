@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, reduce
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ class Topology(ABC):
     @abstractmethod
     def _coefficients(self, s: Tensor) -> Tensor:
         """Return c(s), [*batch, K], by differentiable operations that read no value."""
+
+    @property
+    def _largest(self) -> int:
+        """The largest whole number that a condition must be told from the one below by."""
+        return 0
 
     @property
     def num_local(self) -> int:
@@ -155,24 +160,31 @@ class Topology(ABC):
         """Return the inverse of G, [K, K], in closed form or else by Cholesky; computed once.
 
         Raises:
-            ValueError: G is numerically singular: its condition number exceeds 1e12.
+            ValueError: G is numerically singular: its condition number exceeds 1e12 (that of a
+                closed form in the 1-norm).
         """
         return self._inverse.clone()
 
     @cached_property
     def _inverse(self) -> Tensor:
         exact = self._closed_form(inverse=True) if self.density is None else None
-        if exact is not None:
-            return exact
         gram = self.gram()
+        if exact is not None:
+            norms = [matrix.abs().sum(0).max() for matrix in (gram, exact)]
+            if not norms[0] * norms[1] < _MAX_CONDITION:
+                self._refuse_gram(f"{norms[0] * norms[1]:.1e}")
+            return exact
         low, high = torch.linalg.eigvalsh(gram)[[0, -1]].tolist()
         if not low * _MAX_CONDITION > high:
-            raise ValueError(
-                f"{type(self).__name__}: expected a Gram matrix of condition number below "
-                f"{_MAX_CONDITION:g}, got eigenvalues from {low:.1e} to {high:.1e}; "
-                "use fewer basis functions, or add damping to gram() and invert that"
-            )
+            self._refuse_gram(f"eigenvalues from {low:.1e} to {high:.1e}")
         return torch.cholesky_inverse(torch.linalg.cholesky(gram)).contiguous()  # as kron needs
+
+    def _refuse_gram(self, got: str) -> NoReturn:
+        raise ValueError(
+            f"{type(self).__name__}: expected a Gram matrix of condition number below "
+            f"{_MAX_CONDITION:g}, got {got}; "
+            "use fewer basis functions, or add damping to gram() and invert that"
+        )
 
     @torch.no_grad()
     def constant(self) -> Tensor:
@@ -210,13 +222,19 @@ class Topology(ABC):
 
         Raises:
             TypeError: dtype is not floating (``Discrete``: not an integer dtype).
-            ValueError: n is negative.
+            ValueError: n is negative, or there are more tasks than dtype tells apart.
         """
         dtype = dtype or (torch.int64 if self._integer else torch.get_default_dtype())
         real = dtype.is_floating_point
         if real == self._integer or dtype.is_complex or dtype is torch.bool:
             kind = "an integer" if self._integer else "a floating"
             raise TypeError(f"{type(self).__name__}: expected {kind} dtype, got {dtype}")
+        exact = 2 / torch.finfo(dtype).eps if real else torch.iinfo(dtype).max
+        if self._largest > exact:
+            raise ValueError(
+                f"{type(self).__name__}: expected a dtype that holds whole numbers up to "
+                f"{self._largest}, got {dtype}"
+            )
         wide = torch.float32 if dtype.itemsize <= 4 else torch.float64
         device = device or (generator.device if generator else None)
         rand = functools.partial(torch.rand, generator=generator, dtype=wide, device=device)
@@ -294,6 +312,9 @@ class Topology(ABC):
         assert self.density is not None
         with torch.no_grad():
             value = self.density(s)
+        if not isinstance(value, Tensor):
+            name, got = type(self).__name__, type(value).__name__
+            raise ValueError(f"{name}: expected density(s) to be a Tensor, got {got}")
         if value.shape != s.shape[:1] or not ((value >= 0) & value.isfinite()).all():
             expected = f"density(s) of shape [{len(s)}], finite and >= 0"
             got = f"shape {list(value.shape)} and {value.min()} to {value.max()}"
@@ -384,6 +405,10 @@ class Product(Topology):
 
     def _draw(self, n: int, rand: Callable[..., Tensor]) -> Tensor:
         return torch.cat([columns(f._weighted_draw(n, rand)) for f in self.factors], -1)
+
+    @property
+    def _largest(self) -> int:
+        return max(factor._largest for factor in self.factors)
 
     def _closed_form(self, inverse: bool) -> Tensor:
         return reduce(torch.kron, [f._inverse if inverse else f.gram() for f in self.factors])

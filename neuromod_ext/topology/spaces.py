@@ -123,6 +123,10 @@ class Discrete(Topology):
             raise ValueError(f"Discrete: expected {n} probabilities > 0 summing to 1, got {rho}")
         self._set(n=n, num_basis=n, probabilities=rho, _domain=f"an integer in [0, {n})")
 
+    @property
+    def _largest(self) -> int:
+        return self.n - 1
+
     def _valid(self, s: Tensor, eps: float) -> Tensor:
         inside = (s >= 0) & (s < self.n)
         return inside & (s == s.floor()) if s.is_floating_point() else inside
