@@ -33,13 +33,14 @@ def info() -> str:
             if build["cuda"]
             else f"not built: {build['cuda_reason']}"
         )
+        devices = "CPU, CUDA" if build["cuda"] else "CPU"
         rows += [
             ("built against", f"torch {build['torch']}, compiler {build['compiler']}"),
             ("CUDA kernels", cuda),
             ("CUDA device", _cuda_device()),
             ("CPU features", ", ".join(_C.cpu_features()) or "none that the kernels use"),
             ("threads", str(torch.get_num_threads())),
-            ("ops", "\n".join(f"{name}  [{_devices(name)}]" for name in _ops.NAMES)),
+            ("ops", "\n".join(f"{name}  [{devices}]" for name in _ops.NAMES)),
         ]
     else:
         rows += [
@@ -58,13 +59,6 @@ def _cuda_device() -> str:
     if not torch.cuda.is_available():
         return "none: torch finds no driver or no GPU"
     return torch.cuda.get_device_name()
-
-
-def _devices(name: str) -> str:
-    """The devices an op has a kernel for."""
-    from neuromod_ext import _C
-
-    return "CPU, CUDA" if _C.build_info()["cuda"] else "CPU"
 
 
 def main(arguments: list[str]) -> int:

@@ -75,8 +75,8 @@ def hadamard_rotate(weights: Tensor, signs: Tensor, inverse: bool = False) -> Te
     .. math:: y = R_2 R_1 w, \qquad R = p^{-1/2} H_p D \text{ on } p \text{ of the elements}
 
     H_p is Hadamard's matrix, D a diagonal of signs. R_1 acts on the first p elements, p the largest
-    power of two in n. R_2 acts on the last q, a power of two: on the other n - p and at least as
-    many of the first p; it is left out where n = p. The inverse is the transpose.
+    power of two in n. R_2 acts on the last q, the least power of two that is 2 (n - p) or more, but
+    p at most; it is left out where n = p. The inverse is the transpose.
 
     Args:
         weights: w, [..., n]: float64, float32, bfloat16 or float16.

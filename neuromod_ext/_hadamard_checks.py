@@ -13,8 +13,8 @@ from neuromod_ext._checks import _device_like, _like, _name, _rank, _same_shape,
 def rotations(n: int) -> list[tuple[int, int]]:
     """Between which of n elements each rotation acts, the first one first.
 
-    The first takes the first p, the largest power of two in n. The second takes the last q, a
-    power of two: the other n - p and at least as many of the first p. There is none where n = p.
+    The first takes the first p, the largest power of two in n. The second takes the last q,
+    the least power of two that is 2 (n - p) or more, but p at most. There is none where n = p.
     """
     first = 1 << (n.bit_length() - 1)
     rest = n - first

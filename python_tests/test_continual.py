@@ -225,8 +225,8 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: continual.forgetting([[1, 2]]), ValueError, r"shape \[T, T\], got \[1, 2\]"),
     (lambda: continual.forgetting([[1, 0], [np.nan, 1]]), ValueError, "at task 0 after task 1"),
     (lambda: continual.parameters_per_task(nn.Linear(1, 1), 0), ValueError, "at least 1, got 0"),
-    (lambda: list(fitted(epochs=0)), ValueError, "epochs of at least 1, got 0"),
-    (lambda: list(fitted(batch_size=0)), ValueError, "batch_size of at least 1, got 0"),
+    (lambda: fitted(epochs=0), ValueError, "epochs of at least 1, got 0"),
+    (lambda: fitted(batch_size=0), ValueError, "batch_size of at least 1, got 0"),
     (lambda: list(continual.learn_stream([], [TASK], id, id)), ValueError, "in train, 0, got 1"),
     (lambda: list(continual.learn_stream([], [], id, id, first=1)), ValueError, "0 to 0, got 1"),
     (lambda: continual.accuracy(id, continual.Task("a", X[:0], Y[:0])), ValueError, "task 'a'"),
@@ -269,16 +269,17 @@ def test_fit_is_gradient_descent() -> None:
     by_hand = nn.Sequential(nn.Flatten(), nn.Linear(144, 10))
     by_hand.load_state_dict(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = list(
-        continual.fit(
-            model,
-            TASK,
-            optimizer,
-            epochs=3,
-            batch_size=8,
-            generator=torch.Generator().manual_seed(4),
-        )
+    seen: list[float] = []
+    losses = continual.fit(
+        model,
+        TASK,
+        optimizer,
+        epochs=3,
+        batch_size=8,
+        generator=torch.Generator().manual_seed(4),
+        after_epoch=seen.append,
     )
+    assert seen == losses
     generator = torch.Generator().manual_seed(4)
     for epoch in range(3):
         total = 0.0
@@ -322,3 +323,15 @@ def test_accuracy_counts() -> None:
     for batch_size in (1, 7, 100):
         found = continual.accuracy(lambda x: logits[x.flatten()], numbered, batch_size=batch_size)
         assert found == 0.75
+
+
+def test_rows_of_a_stream_become_a_matrix() -> None:
+    rows = [[0.9], [0.5, 0.8], [0.6, 0.85, 0.7]]
+    matrix = continual.accuracy_matrix(iter(rows))
+    assert np.isnan(matrix[np.triu_indices(3, 1)]).all()
+    assert matrix[np.tril_indices(3)].tolist() == [0.9, 0.5, 0.8, 0.6, 0.85, 0.7]
+    for rows, words in (([[0.9], [0.5]], "2 numbers in row 1, got 1"), ([], "got none")):
+        with pytest.raises(ValueError, match=f"accuracy_matrix: expected .*{words}"):
+            continual.accuracy_matrix(rows)
+    with pytest.raises(ValueError, match=r"differ in length; pass accuracy_matrix\(rows\)"):
+        continual.average_accuracy([[0.9], [0.5, 0.8]])

@@ -11,14 +11,21 @@ from neuromod_ext import analysis, continual, plotting
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 
 
-def test_the_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_examples_run():
+    """Each goes on with the names of those before."""
+    first, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(others) == 2
     torch.manual_seed(0)
     names: dict = {}
-    exec(code, names)
+    exec(first, names)
     model, plain, x = names["model"], names["plain"], names["x"]
     assert not any(isinstance(m, nm.nn.ManifoldLayer) for m in plain.modules())
     torch.testing.assert_close(plain(x), model(x, torch.full((64,), 0.25)), rtol=1e-4, atol=1e-4)
+    for code in others:
+        exec(code, names)
+        assert names["y"].shape == (64, 10)
+    for weight in names["model"].module[1::2]:
+        assert weight.weight.grad.abs().sum() > 0
 
 
 def test_every_topology_is_in_the_table():

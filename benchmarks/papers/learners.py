@@ -260,8 +260,9 @@ def learn(
         optimizer = model.optimizer(learner.parameters(task), lr=model.lr)
         order = torch.Generator().manual_seed(repetition.seed(task))
         logits = partial(learner.logits, task)
-        for _ in continual.fit(logits, data, optimizer, generator=order, **options):
-            advance(1)
+        continual.fit(
+            logits, data, optimizer, generator=order, after_epoch=lambda _: advance(1), **options
+        )
         learner.end(task)
         state["seconds"].append(time.perf_counter() - start)
         now.clear()

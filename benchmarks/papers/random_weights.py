@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from math import nan
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -145,7 +144,7 @@ class RandomWeights:
         """Add what a model has learned to a record."""
         tasks = len(repetition.train)
         matrix = [[100 * accuracy for accuracy in row] for row in state["rows"]]
-        filled = [row + [nan] * (tasks - len(row)) for row in matrix]
+        filled = continual.accuracy_matrix(matrix)
         record["runs"].append(
             {
                 "model": model,

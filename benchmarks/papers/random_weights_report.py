@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.papers import report
 from benchmarks.papers.learners import CLASSES, DESCRIPTIONS
-from neuromod_ext import analysis, plotting
+from neuromod_ext import analysis, continual, plotting
 
 Record = dict[str, Any]
 TITLES = {
@@ -50,7 +50,10 @@ def line(record: Record) -> str:
 def figures(record: Record, title: str) -> dict[str, Figure]:
     """The figures of a stream."""
     names = record["stream"]["tasks"]
-    matrices = {m: [_square(r["matrix"]) for r in _runs(record, m)] for m in _models(record)}
+    matrices = {
+        model: np.stack([continual.accuracy_matrix(run["matrix"]) for run in _runs(record, model)])
+        for model in _models(record)
+    }
     drawn = {"learning": plotting.plot_learning(names, matrices, title=f"{title}: what is left")}
     if not record["contexts"]:
         return drawn
@@ -232,11 +235,6 @@ def _runs(record: Record, model: str) -> list[Record]:
 
 def _mean(record: Record, key: str, model: str) -> report.Interval:
     return report.interval([run[key] for run in _runs(record, model)])
-
-
-def _square(rows: list[list[float]]) -> list[list[float]]:
-    """Rows of an accuracy matrix, with NaN for tasks not learned yet."""
-    return [row + [float("nan")] * (len(rows) - len(row)) for row in rows]
 
 
 def _histogram(counts: Record) -> analysis.SimilarityHistogram:

@@ -3,7 +3,12 @@
 AugmentMNIST needs kornia, ``pip install neuromod_ext[augment]``.
 """
 
-from neuromod_ext.continual.metrics import average_accuracy, forgetting, parameters_per_task
+from neuromod_ext.continual.metrics import (
+    accuracy_matrix,
+    average_accuracy,
+    forgetting,
+    parameters_per_task,
+)
 from neuromod_ext.continual.protocol import accuracy, fit, learn_stream
 from neuromod_ext.continual.streams import (
     AugmentMNIST,
@@ -25,6 +30,7 @@ __all__ = [
     "Task",
     "TaskStream",
     "accuracy",
+    "accuracy_matrix",
     "augmentations",
     "average_accuracy",
     "fit",

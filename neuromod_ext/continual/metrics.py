@@ -6,9 +6,36 @@ diagonal, of tasks not learned yet, may be NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
+
+
+def accuracy_matrix(rows: Iterable[Sequence[float]]) -> NDArray[np.float64]:
+    """Rows of growing length, as :func:`learn_stream` yields them, as a matrix.
+
+    Args:
+        rows: Row i: the accuracies at tasks 0 to i.
+
+    Returns:
+        A, [T, T], NaN above the diagonal.
+
+    Raises:
+        ValueError: No row, or one of another length.
+    """
+    given = list(rows)
+    matrix = np.full((len(given), len(given)), np.nan)
+    for i, row in enumerate(given):
+        if len(row) != i + 1:
+            raise ValueError(
+                f"accuracy_matrix: expected {i + 1} numbers in row {i}, got {len(row)}"
+            )
+        matrix[i, : i + 1] = row
+    if not given:
+        raise ValueError("accuracy_matrix: expected at least one row, got none")
+    return matrix
 
 
 def average_accuracy(matrix: ArrayLike) -> float:
@@ -76,7 +103,13 @@ def parameters_per_task(model: nn.Module, tasks: int) -> float:
 
 
 def _learned(op: str, matrix: ArrayLike) -> NDArray[np.float64]:
-    values = np.asarray(matrix, dtype=np.float64)
+    try:
+        values = np.asarray(matrix, dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(
+            f"{op}: expected matrix of shape [T, T], got rows that differ in length; pass "
+            "accuracy_matrix(rows)"
+        ) from error
     if values.ndim != 2 or values.shape[0] != values.shape[1] or values.size == 0:
         raise ValueError(f"{op}: expected matrix of shape [T, T], got {list(values.shape)}")
     missing = np.isnan(values) & np.tri(len(values), dtype=bool)

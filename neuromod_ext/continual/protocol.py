@@ -22,8 +22,9 @@ def fit(
     epochs: int,
     batch_size: int = 128,
     generator: torch.Generator | None = None,
-) -> Iterator[float]:
-    """Minimise the cross-entropy at a task, by epochs.
+    after_epoch: Callable[[float], object] | None = None,
+) -> list[float]:
+    """Minimise the cross-entropy at a task.
 
     Args:
         model: Called with inputs, [B, C, H, W]; returns logits, [B, classes].
@@ -32,9 +33,11 @@ def fit(
         epochs: Passes over the task, each in a new order.
         batch_size: At most so many inputs in a step.
         generator: Of the orders, on the CPU.
+        after_epoch: Called after each epoch with the mean loss in it, to show progress or stop by
+            an exception.
 
-    Yields:
-        After each epoch, the mean loss in it.
+    Returns:
+        The mean loss in each epoch.
 
     Raises:
         ValueError: ``epochs`` or ``batch_size`` below 1.
@@ -42,6 +45,7 @@ def fit(
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"fit: expected {name} of at least 1, got {value}")
+    losses = []
     for _ in range(epochs):
         total = 0.0
         for places in torch.randperm(len(task), generator=generator).split(batch_size):
@@ -51,7 +55,10 @@ def fit(
             loss.backward()
             optimizer.step()
             total += float(loss.detach()) * len(places)
-        yield total / len(task)
+        losses.append(total / len(task))
+        if after_epoch is not None:
+            after_epoch(losses[-1])
+    return losses
 
 
 @torch.no_grad()
@@ -67,8 +74,10 @@ def accuracy(model: Model, task: Task, *, batch_size: int = 1000) -> float:
         From 0 to 1.
 
     Raises:
-        ValueError: The task has no input.
+        ValueError: The task has no input, or ``batch_size`` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"accuracy: expected batch_size of at least 1, got {batch_size}")
     if len(task) == 0:
         raise ValueError(f"accuracy: expected inputs in task {task.name!r}, got none")
     parts = zip(task.inputs.split(batch_size), task.labels.split(batch_size), strict=True)
@@ -93,7 +102,8 @@ def learn_stream(
         first: The task to begin with; those before it are learned already.
 
     Yields:
-        After each task its row of the accuracy matrix: accuracies at tasks 0 to this one, 0 to 1.
+        After each task its row of the accuracy matrix: accuracies at tasks 0 to this one, 0 to 1;
+        :func:`neuromod_ext.continual.accuracy_matrix` makes the matrix of them.
 
     Raises:
         ValueError: The streams differ in length, or there is no task ``first``.

@@ -21,8 +21,9 @@ def plot_learning(
 
     Args:
         names: Of the tasks, [T].
-        matrices: By model, the accuracy matrix in percent, [T, T] (row i: after learning task i),
-            or those of several seeds, [seeds, T, T]; a band is the range of the seeds.
+        matrices: By model, the accuracy matrix in percent, [T, T] (row i: after learning task i;
+            ``100 * continual.accuracy_matrix(rows)``), or those of several seeds, [seeds, T, T]; a
+            band is the range of the seeds.
         title: Stands above the figure.
 
     Returns:
