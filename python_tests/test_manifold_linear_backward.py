@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neuromod_ext.functional as MF
-from neuromod_ext import _ops
+from neuromod_ext import _C, _ops
 
 FUSED = ("manifold_linear_backward", "manifold_linear_local_backward")
 SEPARATE = tuple(f"manifold_linear_grad_{name}" for name in ("input", "basis", "coeff"))
@@ -173,3 +173,21 @@ def test_fused_is_what_separate_ops_yield(dtype: torch.dtype) -> None:
             )
         for got, want in zip(grads, OPS["manifold_linear_backward"].expected(call), strict=False):
             check(got, want, d)
+
+
+@pytest.mark.skipif(
+    not _ops.EXTENSION or "float16 tiles" in _C.cpu_features(),
+    reason="products of float16 round c g to it",
+)
+@pytest.mark.parametrize("g, c, x", [(9e-6, 0.003, 100.0), (4e4, 2.0, 2.0**-12)])
+def test_what_does_not_fit_into_float16_on_the_way(g: float, c: float, x: float) -> None:
+    """c g is below or beyond float16's numbers; their product with x is not."""
+    B, K, O, I = 64, 3, 70, 60
+    grad, input, basis = (
+        torch.full(n, v).half() for n, v in (((B, O), g), ((B, I), x), ((K, O, I), 0.0))
+    )
+    coeff = torch.full((B, K), c)
+    op = torch.ops.neuromod_ext.manifold_linear_backward
+    _, found, _, _ = op(grad, input, basis, coeff, None, [False, True, False, False])
+    want = B * c * float(grad[0, 0]) * float(input[0, 0])
+    torch.testing.assert_close(found.float(), torch.full((K, O, I), want), rtol=2e-3, atol=0)

@@ -13,7 +13,9 @@
 namespace neuromod {
 namespace {
 
-template <class T>
+/// Operand: the type in which outer products take their operands. Half types that are widened to be multiplied are so
+/// once, before c is applied: c g need not fit into float16.
+template <class T, class Operand>
 class ExpandBackward {
   using A = acc_t<T>;
   using Segment = RowOrder::Segment;
@@ -51,24 +53,31 @@ class ExpandBackward {
 
   void outer_pass() {
     const int64_t positions = rows_.positions(), panel = positions * kTile;
-    const int64_t most = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(1, panel * int64_t(sizeof(T))));
+    const int64_t most = std::max<int64_t>(1, kPackedBytes / std::max<int64_t>(1, panel * int64_t(sizeof(Operand))));
     for (int64_t first = 0; first == 0 || first < in_tiles_; first += most) {
       const int64_t count = std::min(most, in_tiles_ - first);
-      const Scratch<T> x(count * panel);
+      const Scratch<Operand> x(count * panel);
       const int64_t slices = ceil_div(positions, kDepth);
       parallel(count * slices, double(kDepth * kTile) * 1e-10, [&](int64_t i) {
         const int64_t slice = i % slices * kDepth, in_tile = first + i / slices;
         std::array<const T*, kDepth> rows;
         const int64_t length = std::min(kDepth, positions - slice);
         rows_.pointers(p_.input, slice, length, in_tile * kTile, rows.data());
-        pack_columns<T>(length, rows.data(), tile_size(in_tile, p_.in_features),
-                        x.data() + i / slices * panel + slice * kTile);
+        pack(length, rows.data(), tile_size(in_tile, p_.in_features), x.data() + i / slices * panel + slice * kTile);
       });
       const double seconds = 2e-11 * double(positions * kTile) * double(count * kTile);
       parallel_ranges(out_tiles_, seconds, [&](int64_t begin, int64_t end) {
         for (int64_t out_tile = begin; out_tile < end; ++out_tile) expanded_outer(out_tile, first, count, x.data());
         release_tiles<T>();
       });
+    }
+  }
+
+  static void pack(int64_t count, const T* const* rows, int64_t cols, Operand* panel) {
+    if constexpr (std::is_same_v<T, Operand>) {
+      pack_columns<T>(count, rows, cols, panel);
+    } else {
+      for (int64_t i = 0; i < count; ++i) vectors<T>().widen(cols, rows[i], panel + i * kTile);
     }
   }
 
@@ -94,7 +103,7 @@ class ExpandBackward {
   /// the sums cannot stay in dP meanwhile.
   int64_t stretch() const { return kInPlace ? std::min<int64_t>(kStretch, rows_.positions()) : rows_.positions(); }
   /// Distance of the rows of g^T: off powers of two, at which rows would fall into the same lines of the cache.
-  int64_t stride() const { return stretch() + 64 / int64_t(sizeof(T)); }
+  int64_t stride() const { return stretch() + 64 / int64_t(sizeof(Operand)); }
 
   /// g^T for one tile of outputs, in the accumulation type: rows of the positions from `first` on.
   void transpose_grad(int64_t out_tile, int64_t first, A* to) const {
@@ -112,10 +121,10 @@ class ExpandBackward {
     }
   }
 
-  void expanded_outer(int64_t out_tile, int64_t first, int64_t count, const T* x) const {
+  void expanded_outer(int64_t out_tile, int64_t first, int64_t count, const Operand* x) const {
     const int64_t outs = tile_size(out_tile, p_.out_features), positions = rows_.positions(), K = p_.num_basis;
     const Scratch<A> grad(kTile * stride()), c(positions), sum(kInPlace ? 0 : kTile * sum_stride()), bias(K * kTile);
-    const Scratch<T> scaled(kTile * stride());
+    const Scratch<Operand> scaled(kTile * stride());
     std::fill_n(bias.data(), K * kTile, A(0));
     for (int64_t start = 0; start < positions; start += stretch()) {
       transpose_grad(out_tile, start, grad.data());
@@ -124,7 +133,7 @@ class ExpandBackward {
         for (const auto& [begin, end] : ranges) {
           for (int64_t o = 0; o < outs; ++o) {
             const A* const g = &grad[o * stride() + begin - start];
-            vectors<T>().scale(end - begin, &c[begin], g, &scaled[o * stride() + begin - start]);
+            vectors<Operand>().scale(end - begin, &c[begin], g, &scaled[o * stride() + begin - start]);
             if (q_.grad_bias && first == 0) bias[k * kTile + o] += vectors<A>().dot(end - begin, &c[begin], g);
           }
         }
@@ -162,7 +171,8 @@ class ExpandBackward {
   }
 
   /// Sums over the positions from `start` on, whose columns of (c g)^T, and panels of x, are given.
-  void outer_products(const Piece& d, int64_t start, const Ranges& ranges, const T* grad, const T* x, A* sum) const {
+  void outer_products(const Piece& d, int64_t start, const Ranges& ranges, const Operand* grad, const Operand* x,
+                      A* sum) const {
     const int64_t panel = rows_.positions() * kTile;
     for (int64_t w = 0; w < d.tiles; ++w) {
       const int64_t ins = tile_size(d.in_tile + w, p_.in_features);
@@ -178,8 +188,8 @@ class ExpandBackward {
         for (int64_t o = 0; o < d.outs; ++o) std::fill_n(c_tile + o * ldc, ins, A(0));
       if (read()) prefetch_basis(d, w, ins);
       for (const auto& [begin, end] : ranges) {
-        tile_product<T>(d.outs, ins, end - begin, {grad + begin - start, stride()},
-                        {x + w * panel + begin * kTile, kTile}, c_tile, ldc, add);
+        tile_product<Operand>(d.outs, ins, end - begin, {grad + begin - start, stride()},
+                              {x + w * panel + begin * kTile, kTile}, c_tile, ldc, add);
         add = true;
       }
     }
@@ -241,7 +251,10 @@ void manifold_linear_backward_cpu(const ManifoldLinearBackwardParams& q) {
   if (plan == Plan::expand_gemm) return manifold_linear_expand_gemm_backward(q);
   dispatch_dtype<Float16, BFloat16>(q.p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    plan == Plan::stream ? manifold_linear_stream_backward<T>(q) : ExpandBackward<T>(q).run();
+    if (plan == Plan::stream) return manifold_linear_stream_backward<T>(q);
+    if constexpr (is_half_type<T>)
+      if (half_tiles<T>() == HalfTiles::widened) return ExpandBackward<T, float>(q).run();
+    ExpandBackward<T, T>(q).run();
   });
 }
 
