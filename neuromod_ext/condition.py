@@ -27,7 +27,8 @@ class Conditioned(nn.Module):
 
     Args:
         module: The model; its manifold layers may have different topologies, whose conditions
-            have the same shape.
+            have the same shape. Arguments of its own by the names ``s`` and ``coeff`` can only be
+            given by position.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -335,6 +335,7 @@ def test_hooks_stay() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     net[0].register_forward_hook(lambda module, args, output: 10 * output)
     net[1].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    net.register_forward_hook(lambda module, args, output: output + 3)
     converted = nm.convert(net, nm.Ellipse(), init="pretrained")
     x = torch.randn(3, 4)
     torch.testing.assert_close(converted(x, 0.3), net(x))

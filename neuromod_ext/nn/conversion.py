@@ -82,7 +82,7 @@ def convert(
         return layer
 
     for module in chosen.values():
-        _become(module, replacement(module))
+        _become(module, _watched_as(module, replacement(module)))
     leave_fast_path(model)
     return Conditioned(model)
 
@@ -109,26 +109,28 @@ def fold(model: nn.Module, s: Condition | None = None, *, coeff: Tensor | None =
     if not layers:
         raise ValueError("fold: expected a model with a manifold layer, got none")
     for layer in layers:
-        _become(layer, layer.fold(s, coeff=coeff))
+        _become(layer, _watched_as(layer, layer.fold(s, coeff=coeff)))
     regain_fast_path(model)
     return model
 
 
 def _become(old: nn.Module, new: nn.Module) -> None:
-    """Make a module another one, wherever it is held: by its parents, in lists, by what wraps it.
-
-    What watches it from outside goes on, but for hooks that make its weights.
-    """
-    made = any(old._parameters.get(name) is None for name, _ in new.named_parameters(recurse=False))
-    for name, hooks in vars(old).items():
-        if name in _HOOKS and not (made and name.startswith("_forward_pre")):
-            vars(new)[name] = hooks
+    """Make a module another one, wherever it is held: by parents, in lists, by what wraps it."""
     vars(old).clear()
     vars(old).update(vars(new))
     old.__class__ = type(new)
 
 
 _HOOKS = {name for name in vars(nn.Module()) if "hook" in name and "state_dict" not in name}
+
+
+def _watched_as(old: nn.Module, new: nn.Module) -> nn.Module:
+    """The new layer under the hooks of the old one, but for those that make its weights."""
+    made = any(old._parameters.get(name) is None for name, _ in new.named_parameters(recurse=False))
+    for name in _HOOKS:
+        if not (made and name.startswith("_forward_pre")):
+            vars(new)[name] = vars(old)[name]
+    return new
 
 
 def _refuse_made(model: nn.Module, names: list[str]) -> None:
