@@ -96,3 +96,24 @@ def test_frozen_weights_are_mapped_once() -> None:
             switch(x, states)
     torch.testing.assert_close(switch(x, states), switch(x, states.double()))
     assert len(maps) > 1
+
+
+def test_frozen_notices_other_memory_and_another_shift() -> None:
+    switch, x = switchable(nn.Linear(3, 2)), torch.randn(2, 3)
+    for change in (
+        lambda: setattr(switch.module.weight, "data", torch.randn(2, 3)),
+        lambda: switch.shift.fill_(1.0),
+    ):
+        with switch.frozen():
+            switch(x, 1)
+            change()
+            with pytest.raises(RuntimeError, match="got changed ones"):
+                switch(x, 1)
+
+
+def test_sorted_samples_of_a_model_that_returns_two_results() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.MaxPool1d(2, return_indices=True))
+    switch = switchable(model)
+    x, state = torch.randn(400, 1, 10), torch.randint(0, 2, (400,))
+    for got, want in zip(switch(x, state), switch(x[:4], state[:4]), strict=True):
+        torch.testing.assert_close(got[:4], want)

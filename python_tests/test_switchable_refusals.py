@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 from test_switchable import switchable
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from neuromod_ext.nn.switch import Diagonal, Hadamard, Switchable, orthogonal_library
 
@@ -142,3 +143,22 @@ def test_switched_ends_with_the_block_also_after_an_error() -> None:
         assert inside.state == 1
         raise KeyError
     assert switch.state == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_without_its_state_is_refused(reentrant: bool) -> None:
+    class Rerun(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda x: self.layer(x).relu(), x, use_reentrant=reentrant)
+
+    switch = Switchable(Rerun(), Hadamard(16, 0))
+    x = torch.randn(3, 4, requires_grad=True)
+    for state in (1, 0.5, torch.tensor([0, 1, 1])):
+        with pytest.raises(RuntimeError, match=r"pass context_fn=model\.checkpoint_contexts"):
+            switch(x, state).sum().backward()
+    with switch.switched():  # parameters that are there serve a recomputation, too
+        switch(x).sum().backward()

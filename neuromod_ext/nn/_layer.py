@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from neuromod_ext._checks import accumulation_dtype
 from neuromod_ext.topology import Topology
 
 Condition = Tensor | float | Sequence[float]
+Self = TypeVar("Self", bound="ManifoldLayer")
 
 
 def conditions(s: Condition, device: torch.device) -> Tensor:
@@ -146,7 +147,12 @@ class ManifoldLayer(nn.Module, ABC):
             point = plain.get_parameter(name)
             a = constant.to(basis.device, accumulation_dtype(basis.dtype))
             basis.copy_(a.view(-1, *[1] * point.dim()) * point)
-            basis.requires_grad_(point.requires_grad)
+
+    def _flagged_as(self: Self, plain: nn.Module) -> Self:
+        """In training, and with frozen parameters, where an ordinary layer is."""
+        for name, basis in self.named_parameters(recurse=False):
+            basis.requires_grad_(plain.get_parameter(name).requires_grad)
+        return self.train(plain.training)
 
     # Every way a parameter can come into the module ends in one of these four.
 

@@ -73,7 +73,7 @@ class _ManifoldConv(ManifoldLayer):
 
     @classmethod
     def _like(cls: type[Self], conv: PlainConv, topology: Topology) -> Self:
-        layer = cls(
+        return cls(
             conv.in_channels,
             conv.out_channels,
             conv.kernel_size,
@@ -86,8 +86,7 @@ class _ManifoldConv(ManifoldLayer):
             conv.weight.device,
             conv.weight.dtype,
             topology=topology,
-        )
-        return layer.train(conv.training)
+        )._flagged_as(conv)
 
     def forward(
         self, input: Tensor, s: Condition | None = None, *, coeff: Tensor | None = None

@@ -77,8 +77,6 @@ def convert(
         layer: ManifoldLayer = CONVERTIBLE[type(module)]._like(module, topology)
         if init == "pretrained":
             layer._embed(module)
-        for name, basis in layer.named_parameters(recurse=False):
-            basis.requires_grad_(module.get_parameter(name).requires_grad)
         return layer
 
     for module in chosen.values():

@@ -60,15 +60,14 @@ class ManifoldLinear(ManifoldLayer):
 
     @classmethod
     def _like(cls, linear: nn.Linear, topology: Topology) -> ManifoldLinear:
-        layer = cls(
+        return cls(
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
             linear.weight.device,
             linear.weight.dtype,
             topology=topology,
-        )
-        return layer.train(linear.training)
+        )._flagged_as(linear)
 
     def forward(
         self, input: Tensor, s: Condition | None = None, *, coeff: Tensor | None = None
