@@ -4,6 +4,7 @@
 // Plain loops where the compiler vectorises them well, vectors of the compiler's where it does not.
 #include "common/vector.h"
 
+#include "common/vector_dots.h"
 #include "common/vector_lanes.h"
 #include "common/vector_product.h"
 #include "common/vector_transpose.h"
@@ -56,12 +57,9 @@ class Ops final : public VectorOps<T> {
 
   A dot(int64_t n, const T* a, const T* b) const override { return wide_dot(n, a, b); }
 
-  void dots(int64_t n, int64_t count, const T* const* rows, const T* x, A* out) const override {
-    if (count == 8) {
-      dots_of<8>(n, rows, x, out);
-    } else {
-      for (int64_t j = 0; j < count; ++j) dots_of<1>(n, rows + j, x, out + j);
-    }
+  void add_dots(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* next, int64_t count,
+                const DotTerm<T>* terms) const override {
+    dots_of(rows, depth, a, lda, next, count, terms);
   }
 
   void product(int64_t rows, int64_t cols, int64_t depth, const A* a, int64_t row, int64_t step, const A* b,
@@ -217,26 +215,6 @@ class Ops final : public VectorOps<T> {
   }
 
  private:
-  template <int64_t count>
-  static void dots_of(int64_t n, const T* const* rows, const T* x, A* out) {
-    constexpr int64_t many = is_half_type<T> ? 2 : 1;
-    Lanes<A> sum[count] = {};
-    int64_t first = 0;
-    for (; first + many * kLanes<A> <= n; first += many * kLanes<A>) {
-      Lanes<A> right[many];
-      load_lanes<T, many>(x + first, right);
-      for (int64_t j = 0; j < count; ++j) {
-        Lanes<A> left[many];
-        load_lanes<T, many>(rows[j] + first, left);
-        for (int64_t i = 0; i < many; ++i) sum[j] += left[i] * right[i];
-      }
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      out[j] = sum_of(sum[j]);
-      for (int64_t i = first; i < n; ++i) out[j] += wide(rows[j][i]) * wide(x[i]);
-    }
-  }
-
   template <bool streamed, class To>
   static void mix_to(int64_t n, int64_t terms, const A* c, const T* const* rows, To* to) {
     constexpr int64_t many = 4;

@@ -8,6 +8,13 @@
 
 namespace neuromod {
 
+/// A row, and where its products with others go.
+template <class T>
+struct DotTerm {
+  const T* row;
+  acc_t<T>* to;
+};
+
 /// Operations on rows of unit stride. Sums run in A, the accumulation type of T, and are rounded to T once. A null row
 /// stands for zeros.
 template <class T>
@@ -32,8 +39,11 @@ class VectorOps {
   virtual void add_scaled(int64_t n, A c, const T* from, A* to) const = 0;
   /// sum_i a[i] b[i]
   virtual A dot(int64_t n, const T* a, const T* b) const = 0;
-  /// out[j] = sum_i rows[j][i] x[i] for up to 8 rows, read side by side
-  virtual void dots(int64_t n, int64_t count, const T* const* rows, const T* x, A* out) const = 0;
+  /// to[i] += sum_d a[i][d] row[d] for each of the terms, up to a multiple of 8 rows of A, which lie `lda` apart.
+  /// They may come from memory: several are read side by side, which yields more, and others fetched meanwhile, at last
+  /// those at `next`, if it is not null.
+  virtual void add_dots(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* next, int64_t count,
+                        const DotTerm<T>* terms) const = 0;
 
   /// C[rows, cols] = or += A B, the depth in order. Element (r, d) of A is a[r row + d step].
   virtual void product(int64_t rows, int64_t cols, int64_t depth, const A* a, int64_t row, int64_t step, const A* b,

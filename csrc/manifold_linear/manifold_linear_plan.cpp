@@ -28,7 +28,8 @@ struct Costs {
   double blend;    // one term of one element of a blended weight
   double spread;   // one term of one element of a sample's gradient, on its way to dP and dc
   double turn;     // one element of a blended weight, packed as a whole
-  double stream;   // one multiply-add of a row of P with a row of x
+  double dots;     // one multiply-add of rows of P with rows of x in plan stream
+  double stream;   // the same backward, of one row with one
   double pack;     // one element of P as the right operand of a product
   double read;     // one element of P from memory
   double call;     // of torch's matrix product
@@ -37,21 +38,25 @@ struct Costs {
 };
 
 namespace xeon {
-constexpr Costs float64{4.6e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 1.2e-10, 2e-10, 8e-10, 7e-6, 2e-5, 2e-9};
-constexpr Costs float32{1.7e-11, 1.75e-11, 1.65e-11, 0.9e-10, 1.7e-10, 4.9e-10,
+// `dots` by its ratio to `stream` on the other; float16's `product` and `fold` by theirs to float32's.
+constexpr Costs float64{4.6e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 5.8e-11,
+                        1.2e-10, 2e-10,   8e-10,   7e-6,    2e-5,  2e-9};
+constexpr Costs float32{1.7e-11, 1.75e-11, 1.65e-11, 0.9e-10, 1.7e-10, 4.9e-10, 2.1e-11,
                         6.5e-11, 1e-10,    4e-10,    4e-6,    2e-5,    1e-9};
-constexpr Costs bfloat16{4.0e-12, 4.1e-12, 3.1e-12, 1.1e-10, 1.6e-10, 1.8e-10, 6e-11, 5e-10, 2e-10, 3.5e-5, 0, 7e-10};
-// `product` and `fold` by their ratio to float32's on the other.
-constexpr Costs float16{2.1e-11, 2.1e-11, 2.0e-11, 4.1e-10, 4.8e-10, 2.5e-10, 2.8e-10, 1e-10, 2e-10, 4e-5, 0, 1.2e-9};
+constexpr Costs bfloat16{4.0e-12, 4.1e-12, 3.1e-12, 1.1e-10, 1.6e-10, 1.8e-10, 5.7e-11,
+                         6e-11,   5e-10,   2e-10,   3.5e-5,  0,       7e-10};
+constexpr Costs float16{2.1e-11, 2.1e-11, 2.0e-11, 4.1e-10, 4.8e-10, 2.5e-10, 2e-10,
+                        2.8e-10, 1e-10,   2e-10,   4e-5,    0,       1.2e-9};
 }  // namespace xeon
 
 namespace epyc {
-constexpr Costs float64{2.5e-11, 2.8e-11, 4.3e-11, 1.4e-10, 3.5e-10, 8e-10, 6.2e-11, 1.4e-10, 2e-10, 2e-6, 3e-6, 9e-10};
-constexpr Costs float32{1.1e-11, 7.8e-12, 3.5e-11, 4.2e-11, 5.2e-11, 9.1e-11,
+constexpr Costs float64{2.5e-11, 2.8e-11, 4.3e-11, 1.4e-10, 3.5e-10, 8e-10, 3e-11,
+                        6.2e-11, 1.4e-10, 2e-10,   2e-6,    3e-6,    9e-10};
+constexpr Costs float32{1.1e-11, 7.8e-12, 3.5e-11, 4.2e-11, 5.2e-11, 9.1e-11, 1.3e-11,
                         4.2e-11, 8e-11,   7.1e-11, 1.5e-6,  1e-6,    4.3e-10};
-constexpr Costs pairs{5.8e-12, 4.6e-12, 7.5e-12, 3.2e-11, 9e-11, 8e-11,
+constexpr Costs pairs{5.8e-12, 4.6e-12, 7.5e-12, 3.2e-11, 9e-11, 8e-11,  2.1e-11,
                       2.2e-11, 8.5e-11, 5.7e-11, 1.5e-5,  1e-6,  3.1e-10};
-constexpr Costs widened{1.4e-11, 1.2e-11, 9.7e-11, 1e-10,  1.1e-10, 3e-11,
+constexpr Costs widened{1.4e-11, 1.2e-11, 9.7e-11, 1e-10,  1.1e-10, 3e-11,  5.6e-11,
                         8e-11,   3.2e-11, 6.3e-11, 9.4e-6, 1e-6,    5.3e-10};
 }  // namespace epyc
 
@@ -72,7 +77,7 @@ Costs costs(DType dtype) {
 }
 
 constexpr double kAlign = 16;            // rows of a segment are padded to this
-constexpr int64_t kMostStreamRows = 16;  // partial sums of plan stream grow with the rows
+constexpr int64_t kMostStreamRows = 16;  // partial sums of plan stream grow with the rows, backward
 constexpr double kLeastGemmRows = 8;     // two take MKL as long, where it is not native; one is another routine
 constexpr int64_t kMostPairRows = 256;   // beyond which torch's product of bfloat16 pairs is slower than tiles
 constexpr Plan kPlans[] = {Plan::expand, Plan::fold, Plan::stream, Plan::fold_gemm, Plan::expand_gemm};
@@ -136,7 +141,8 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       element += samples * terms * (cost.blend + (backward ? cost.spread : 0));
       break;
     case Plan::stream:
-      element += (pass == Pass::backward ? 6 : 1) * rows * terms * cost.stream;  // three walks, two of which write
+      // Backward, three walks, two of which write; an update takes one.
+      element += rows * terms * (backward ? (update ? 1 : 6) * cost.stream : cost.dots);
       break;
     case Plan::fold_gemm:
       element += rows * (update ? cost.fold : cost.gemm + (backward ? cost.fold : 0));
@@ -178,7 +184,7 @@ const char* plan_name(Plan plan) {
 std::vector<PlanCost> plan_costs(const ManifoldLinearParams& p, Pass pass) {
   std::vector<PlanCost> plans;
   for (const Plan plan : kPlans) {
-    if (plan == Plan::stream && p.rows() > kMostStreamRows) continue;
+    if (plan == Plan::stream && pass != Pass::forward && p.rows() > kMostStreamRows) continue;
     if (!possible(p, pass, plan)) continue;
     plans.push_back({plan, seconds(p, pass, plan)});
   }

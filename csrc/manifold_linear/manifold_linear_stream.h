@@ -1,8 +1,9 @@
-// Plan stream of manifold_linear on the CPU: P is read once from memory, in order, and each row does all its work while
-// it is in cache. 2 R L O I flop a contraction, as row operations.
+// Plan stream of manifold_linear on the CPU: P is read once from memory, where it lies, and its rows do all their work
+// while they are in cache: nothing is packed. 2 R L O I flop a contraction.
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -11,30 +12,61 @@
 
 namespace neuromod {
 
-/// y[r,o] = sum_k c (<P[k,o], x[r]> + beta[k,o]), k upwards. Eight rows of P are read side by side: memory
-/// yields more to several readers.
+/// The rows on which each basis point acts, one after the other.
+class StreamRows {
+ public:
+  explicit StreamRows(const ManifoldLinearParams& p) : first_(p.num_basis + 1), rows_(p.rows() * p.num_local) {
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t l = 0; l < p.num_local; ++l) first_[p.basis_point(b, l) + 1] += p.tokens;
+    for (int64_t k = 0; k < p.num_basis; ++k) first_[k + 1] += first_[k];
+    std::vector<int64_t> next(first_);
+    for (int64_t r = 0; r < p.rows(); ++r)
+      for (int64_t l = 0; l < p.num_local; ++l) rows_[next[p.basis_point(r / p.tokens, l)]++] = r;
+  }
+  int64_t count(int64_t k) const { return first_[k + 1] - first_[k]; }
+  const int64_t* of(int64_t k) const { return rows_.data() + first_[k]; }
+
+ private:
+  std::vector<int64_t> first_, rows_;
+};
+
+/// y[r,o] = sum_k c (<P[k,o], x[r]> + beta[k,o]), k upwards, as dot products of rows of P with rows of x.
 template <class T>
 void manifold_linear_stream_forward(const ManifoldLinearParams& p) {
   using A = acc_t<T>;
-  constexpr int64_t height = 8;
-  const int64_t R = p.rows(), blocks = ceil_div(p.out_features, height);
-  const double seconds = 1e-10 * double(height * p.num_basis * p.in_features);
+  constexpr int64_t step = 16, tallest = 64;
+  const int64_t R = p.rows(), I = p.in_features, jobs = 4 * at::get_num_threads();
+  const int64_t height = std::clamp(ceil_div(p.out_features, jobs * step) * step, step, tallest);  // outputs at a time
+  const int64_t blocks = ceil_div(p.out_features, height);
+  const int64_t most = R <= 2 ? I : 2048 / int64_t(sizeof(T));  // of a row at a time, which stays in cache for others
+  const StreamRows rows(p);
+  const double seconds = 2e-11 * double(height * p.num_local * I) * double(R);
   parallel_ranges(blocks, seconds, [&](int64_t begin, int64_t end) {
-    const Scratch<A> sums(R * height);
-    A value[height], bias[height] = {};
+    const Scratch<A> sums(R * height), products(R * height), bias(height), c(R);
+    const Scratch<DotTerm<T>> terms(R);
+    std::fill_n(bias.data(), height, A(0));
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * height, outs = std::min(height, p.out_features - first);
       std::fill_n(sums.data(), R * height, A(0));
       for (int64_t k = 0; k < p.num_basis; ++k) {
-        const T* rows[height];
-        for (int64_t o = 0; o < outs; ++o) rows[o] = p.basis.at<T>(k, first + o);
-        if (p.bias) vectors<T>().widen(outs, p.bias.at<T>(k, first), bias);
-        for (int64_t r = 0; r < R; ++r) {
-          const int64_t b = r / p.tokens, l = p.entry(b, k);
-          if (l >= p.num_local) continue;
-          vectors<T>().dots(p.in_features, outs, rows, p.input.at<T>(r), value);
-          const A c = *p.coeff.at<A>(b, l);
-          for (int64_t o = 0; o < outs; ++o) sums[r * height + o] += c * (value[o] + bias[o]);
+        const int64_t count = rows.count(k), *const row = rows.of(k);
+        if (p.bias) vectors<T>().widen(outs, p.bias.at<T>(k, first), bias.data());
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t b = row[i] / p.tokens;
+          c[i] = *p.coeff.at<A>(b, p.entry(b, k));
+          terms[i] = {p.input.at<T>(row[i]), &products[i * height]};
+          std::copy_n(bias.data(), height, terms[i].to);
+        }
+        for (int64_t d = 0; d < I; d += most) {
+          const bool deeper = d + most < I, more = deeper || k + 1 < p.num_basis;
+          const T* const next = more ? p.basis.at<T>(deeper ? k : k + 1, first, deeper ? d + most : 0) : nullptr;
+          vectors<T>().add_dots(outs, std::min(most, I - d), p.basis.at<T>(k, first, d), p.basis.stride[1], next, count,
+                                terms.data());
+          for (int64_t i = 0; i < count; ++i) terms[i].row += most;
+        }
+        for (int64_t i = 0, n; i < count; i += n) {  // rows that lie side by side
+          for (n = 1; i + n < count && row[i + n] == row[i] + n;) ++n;
+          vectors<T>().mix_rows(n, outs, height, &products[i * height], &c[i], &sums[row[i] * height], true);
         }
       }
       for (int64_t r = 0; r < R; ++r) vectors<T>().narrow(outs, &sums[r * height], p.output.at<T>(r, first));

@@ -1,0 +1,161 @@
+// Dot products of rows with rows, in blocks whose sums stay in registers. For vector.cpp alone, as vector_lanes.h.
+#pragma once
+
+#include <utility>
+
+#include "common/vector_lanes.h"
+
+namespace neuromod {
+namespace {
+
+// So many rows of A, and terms, as there is room for; half types take two registers each.
+#if defined(__AVX512F__)
+constexpr int64_t kDotRows = 8;
+template <class T>
+constexpr int64_t kDotTerms = is_half_type<T> ? 2 : 3;
+#else
+constexpr int64_t kDotRows = 4;
+template <class T>
+constexpr int64_t kDotTerms = 1;
+#endif
+
+/// to[i] += sum_of(v[i]) for kDotRows registers.
+template <class A>
+inline void add_sums(const Lanes<A>* v, A* to) {
+#if defined(__AVX512F__)
+  typedef A Half __attribute__((vector_size(32)));
+  struct Halves {
+    Half part[2];
+  };
+  constexpr int64_t side = 32 / sizeof(A);
+  for (int64_t first = 0; first < kDotRows; first += side, v += side, to += side) {
+    Half h[side];
+    for (int64_t i = 0; i < side; ++i) {
+      const auto halves = bits_as<Halves>(v[i]);
+      h[i] = halves.part[0] + halves.part[1];
+    }
+    if constexpr (side == 8) {
+      for (int64_t i = 0; i < 4; ++i)
+        h[i] = __builtin_shufflevector(h[i], h[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+               __builtin_shufflevector(h[i], h[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+      for (int64_t i = 0; i < 2; ++i)
+        h[i] = __builtin_shufflevector(h[i], h[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(h[i], h[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+      h[0] = __builtin_shufflevector(h[0], h[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+             __builtin_shufflevector(h[0], h[1], 1, 9, 3, 11, 5, 13, 7, 15);
+    } else {
+      for (int64_t i = 0; i < 2; ++i)
+        h[i] =
+            __builtin_shufflevector(h[i], h[i + 2], 0, 1, 4, 5) + __builtin_shufflevector(h[i], h[i + 2], 2, 3, 6, 7);
+      h[0] = __builtin_shufflevector(h[0], h[1], 0, 4, 2, 6) + __builtin_shufflevector(h[0], h[1], 1, 5, 3, 7);
+    }
+    const Half sum = load_as<Half>(to) + h[0];
+    __builtin_memcpy(to, &sum, sizeof(sum));
+  }
+#else
+  for (int64_t i = 0; i < kDotRows; ++i) to[i] += sum_of(v[i]);
+#endif
+}
+
+/// The last elements of a row, less than 64 bytes of them, with zeros: after others of the row, or before nothing.
+template <class T>
+inline void last_of(const T* row, int64_t depth, T* to) {
+  using Word = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  typedef Word Words __attribute__((vector_size(64)));
+  constexpr int64_t step = 64 / sizeof(T);
+  Words kept = {};
+  if (depth < step) {
+    __builtin_memcpy(&kept, row, size_t(depth) * sizeof(T));
+  } else {
+    Words place;
+    for (int64_t i = 0; i < step; ++i) place[i] = Word(i);
+    kept = load_as<Words>(row + depth - step) & (Words)(place >= Word(step - depth % step));
+  }
+  __builtin_memcpy(to, &kept, sizeof(kept));
+}
+
+/// At most kDotRows rows of A, and as many others that are fetched meanwhile, if there are others.
+template <class T>
+struct DotRows {
+  const T* a;
+  int64_t lda, count, depth;
+  const T* next;
+};
+
+/// So many blocks of so many terms: to[first + i] += sum_d a[i][d] row[d].
+template <class T, int64_t many>
+[[gnu::noinline]] void dot_blocks(const DotRows<T>& rows, int64_t blocks, const DotTerm<T>* terms, int64_t first) {
+  using A = acc_t<T>;
+  constexpr int64_t step = 64 / sizeof(T), registers = is_half_type<T> ? 2 : 1;
+  const int64_t depth = rows.depth;
+  const T* left[kDotRows];
+  for (int64_t i = 0; i < kDotRows; ++i) left[i] = rows.a + (i < rows.count ? i : 0) * rows.lda;
+  const int64_t share = blocks < kDotRows ? 2 : 1;  // as slowly as will do: a processor fetches few lines at once
+  for (int64_t fetched = 0; blocks > 0; --blocks, terms += many, fetched += share) {
+    const T *right[many], *next[2];
+    for (int64_t j = 0; j < many; ++j) right[j] = terms[j].row;
+    const bool fetches = rows.next && fetched < kDotRows;
+    for (int64_t j = 0; j < 2; ++j) next[j] = fetches && j < share ? rows.next + (fetched + j) * rows.lda : rows.a;
+    Lanes<A> sum[many][kDotRows] = {};
+    const auto add_step = [&](auto a_of, auto b_of) __attribute__((always_inline)) {
+      Lanes<A> y[many][registers];
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < many; ++j) load_lanes<T, registers>(b_of(j), y[j]);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kDotRows; ++i) {
+        Lanes<A> x[registers];
+        load_lanes<T, registers>(a_of(i), x);
+#if defined(__AVX512F__)
+        for (int64_t r = 0; r < registers; ++r) asm("" : "+v"(x[r]));  // or GCC reads it once for each product
+#endif
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < many; ++j)
+#pragma GCC unroll 2
+          for (int64_t r = 0; r < registers; ++r) sum[j][i] += x[r] * y[j][r];
+      }
+    };
+    int64_t d = 0;
+    for (; d + step <= depth; d += step) {
+      __builtin_prefetch(next[0] + d);
+      __builtin_prefetch(next[1] + d);
+      add_step([&](int64_t i) { return left[i] + d; }, [&](int64_t j) { return right[j] + d; });
+    }
+    if (d < depth) {
+      alignas(64) T x[kDotRows][step], y[many][step];
+      for (int64_t i = 0; i < kDotRows; ++i) last_of(left[i], depth, x[i]);
+      for (int64_t j = 0; j < many; ++j) last_of(right[j], depth, y[j]);
+      add_step([&](int64_t i) { return x[i]; }, [&](int64_t j) { return y[j]; });
+    }
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < many; ++j) add_sums<A>(sum[j], terms[j].to + first);
+  }
+}
+
+/// The same for blocks of any number of terms up to kDotTerms.
+template <class T, size_t... many>
+void dot_blocks(std::index_sequence<many...>, int64_t width, const DotRows<T>& rows, int64_t blocks,
+                const DotTerm<T>* terms, int64_t first) {
+  static constexpr void (*of[])(const DotRows<T>&, int64_t, const DotTerm<T>*, int64_t) = {dot_blocks<T, many + 1>...};
+  of[width - 1](rows, blocks, terms, first);
+}
+
+/// All rows of A with all terms, in blocks of these as equal as can be.
+template <class T>
+void dots_of(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* next, int64_t count,
+             const DotTerm<T>* terms) {
+  if (count == 0) return;
+  constexpr auto kinds = std::make_index_sequence<kDotTerms<T>>();
+  const int64_t blocks = (count + kDotTerms<T> - 1) / kDotTerms<T>, width = count / blocks, wider = count % blocks;
+  for (int64_t i = 0; i < rows; i += kDotRows) {
+    const int64_t here = rows - i < kDotRows ? rows - i : kDotRows;
+    DotRows<T> block = {a + i * lda, lda, here, depth, i + here < rows ? a + (i + here) * lda : next};
+    if (wider > 0) {
+      dot_blocks<T>(kinds, width + 1, block, wider, terms, i);
+      block.next = nullptr;
+    }
+    dot_blocks<T>(kinds, width, block, blocks - wider, terms + wider * (width + 1), i);
+  }
+}
+
+}  // namespace
+}  // namespace neuromod
