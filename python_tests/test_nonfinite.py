@@ -137,8 +137,9 @@ def test_as_in_the_reference(name: str) -> None:
             assert same, f"{draws[0]}, operand {position}"
 
 
-def test_the_oracle_tells_them_apart() -> None:
+def test_the_oracle_tells_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """One infinity gives infinities of both signs and, where they meet, NaN."""
+    monkeypatch.setenv("NEUROMOD_PLAN", "expand")
     P, x, c = torch.ones(2, 1, 2), torch.tensor([[math.inf, 1.0]]), torch.tensor([[1.0, -1.0]])
     P[1, 0, 0] = 2
     (mixed,) = OPS["manifold_linear"].oracle(x, P, c)

@@ -148,12 +148,12 @@ void dots_of(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* next
   const int64_t blocks = (count + kDotTerms<T> - 1) / kDotTerms<T>, width = count / blocks, wider = count % blocks;
   for (int64_t i = 0; i < rows; i += kDotRows) {
     const int64_t here = rows - i < kDotRows ? rows - i : kDotRows;
-    DotRows<T> block = {a + i * lda, lda, here, depth, i + here < rows ? a + (i + here) * lda : next};
-    if (wider > 0) {
-      dot_blocks<T>(kinds, width + 1, block, wider, terms, i);
-      block.next = nullptr;
-    }
-    dot_blocks<T>(kinds, width, block, blocks - wider, terms + wider * (width + 1), i);
+    const T* const following = i + here < rows ? a + (i + here) * lda : next;
+    const bool first = 2 * wider > blocks;  // of both kinds of blocks the more fetch what follows
+    const DotRows<T> block = {a + i * lda, lda, here, depth, nullptr},
+                     fetching = {a + i * lda, lda, here, depth, following};
+    if (wider > 0) dot_blocks<T>(kinds, width + 1, first ? fetching : block, wider, terms, i);
+    dot_blocks<T>(kinds, width, first ? block : fetching, blocks - wider, terms + wider * (width + 1), i);
   }
 }
 

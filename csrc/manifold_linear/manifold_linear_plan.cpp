@@ -28,7 +28,7 @@ struct Costs {
   double blend;    // one term of one element of a blended weight
   double spread;   // one term of one element of a sample's gradient, on its way to dP and dc
   double turn;     // one element of a blended weight, packed as a whole
-  double dots;     // one multiply-add of rows of P with rows of x in plan stream
+  double dots;     // one multiply-add of rows of P with rows of x in plan stream, of long ones
   double stream;   // the same backward, of one row with one
   double pack;     // one element of P as the right operand of a product
   double read;     // one element of P from memory
@@ -39,24 +39,24 @@ struct Costs {
 
 namespace xeon {
 // `dots` by its ratio to `stream` on the other; float16's `product` and `fold` by theirs to float32's.
-constexpr Costs float64{4.6e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 5.8e-11,
+constexpr Costs float64{4.6e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 4.6e-11,
                         1.2e-10, 2e-10,   8e-10,   7e-6,    2e-5,  2e-9};
-constexpr Costs float32{1.7e-11, 1.75e-11, 1.65e-11, 0.9e-10, 1.7e-10, 4.9e-10, 2.1e-11,
+constexpr Costs float32{1.7e-11, 1.75e-11, 1.65e-11, 0.9e-10, 1.7e-10, 4.9e-10, 1.8e-11,
                         6.5e-11, 1e-10,    4e-10,    4e-6,    2e-5,    1e-9};
-constexpr Costs bfloat16{4.0e-12, 4.1e-12, 3.1e-12, 1.1e-10, 1.6e-10, 1.8e-10, 5.7e-11,
+constexpr Costs bfloat16{4.0e-12, 4.1e-12, 3.1e-12, 1.1e-10, 1.6e-10, 1.8e-10, 5.1e-11,
                          6e-11,   5e-10,   2e-10,   3.5e-5,  0,       7e-10};
-constexpr Costs float16{2.1e-11, 2.1e-11, 2.0e-11, 4.1e-10, 4.8e-10, 2.5e-10, 2e-10,
+constexpr Costs float16{2.1e-11, 2.1e-11, 2.0e-11, 4.1e-10, 4.8e-10, 2.5e-10, 1.5e-10,
                         2.8e-10, 1e-10,   2e-10,   4e-5,    0,       1.2e-9};
 }  // namespace xeon
 
 namespace epyc {
-constexpr Costs float64{2.5e-11, 2.8e-11, 4.3e-11, 1.4e-10, 3.5e-10, 8e-10, 3e-11,
+constexpr Costs float64{2.5e-11, 2.8e-11, 4.3e-11, 1.4e-10, 3.5e-10, 8e-10, 2.4e-11,
                         6.2e-11, 1.4e-10, 2e-10,   2e-6,    3e-6,    9e-10};
-constexpr Costs float32{1.1e-11, 7.8e-12, 3.5e-11, 4.2e-11, 5.2e-11, 9.1e-11, 1.3e-11,
+constexpr Costs float32{1.1e-11, 7.8e-12, 3.5e-11, 4.2e-11, 5.2e-11, 9.1e-11, 1.15e-11,
                         4.2e-11, 8e-11,   7.1e-11, 1.5e-6,  1e-6,    4.3e-10};
-constexpr Costs pairs{5.8e-12, 4.6e-12, 7.5e-12, 3.2e-11, 9e-11, 8e-11,  2.1e-11,
+constexpr Costs pairs{5.8e-12, 4.6e-12, 7.5e-12, 3.2e-11, 9e-11, 8e-11,  1.9e-11,
                       2.2e-11, 8.5e-11, 5.7e-11, 1.5e-5,  1e-6,  3.1e-10};
-constexpr Costs widened{1.4e-11, 1.2e-11, 9.7e-11, 1e-10,  1.1e-10, 3e-11,  5.6e-11,
+constexpr Costs widened{1.4e-11, 1.2e-11, 9.7e-11, 1e-10,  1.1e-10, 3e-11,  4.2e-11,
                         8e-11,   3.2e-11, 6.3e-11, 9.4e-6, 1e-6,    5.3e-10};
 }  // namespace epyc
 
@@ -77,6 +77,8 @@ Costs costs(DType dtype) {
 }
 
 constexpr double kAlign = 16;            // rows of a segment are padded to this
+constexpr double kDotEnd = 64;           // multiply-adds in the time that it takes to end a dot product
+constexpr double kDotLength = 512;       // of long ones, which are taken in pieces
 constexpr int64_t kMostStreamRows = 16;  // partial sums of plan stream grow with the rows, backward
 constexpr double kLeastGemmRows = 8;     // two take MKL as long, where it is not native; one is another routine
 constexpr int64_t kMostPairRows = 256;   // beyond which torch's product of bfloat16 pairs is slower than tiles
@@ -125,6 +127,7 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
   const double points = std::min(samples * terms, double(p.num_basis));          // basis points that act on any sample
   double element = points * cost.read;                                           // for each element of a weight
   const double segment_calls = p.index ? products * points * cost.call / 4 : 0;  // small products, side by side
+  const double length = std::clamp(double(p.in_features), 1.0, kDotLength);
   double once = 0;
   switch (plan) {
     case Plan::expand: {
@@ -142,7 +145,7 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       break;
     case Plan::stream:
       // Backward, three walks, two of which write; an update takes one.
-      element += rows * terms * (backward ? (update ? 1 : 6) * cost.stream : cost.dots);
+      element += rows * terms * (backward ? (update ? 1 : 6) * cost.stream : cost.dots * (1 + kDotEnd / length));
       break;
     case Plan::fold_gemm:
       element += rows * (update ? cost.fold : cost.gemm + (backward ? cost.fold : 0));
