@@ -367,8 +367,15 @@ def manifold_metric(coeff: Tensor, weight: Tensor | None) -> None:
         raise ValueError(f"{op}: expected coeff of at least one condition (N >= 1), got N = 0")
 
 
-def natural_gradient(coeff: Tensor, metric_inverse: Tensor, op: str = "natural_gradient") -> None:
-    _rank(op, "coeff", coeff, 2, "[B, K]")
+def natural_gradient(
+    input: Tensor, grad_output: Tensor, coeff: Tensor, metric_inverse: Tensor
+) -> None:
+    op = "natural_gradient"
+    _outer(op, grad_output, input, coeff)
+    _metric_inverse(op, coeff, metric_inverse)
+
+
+def _metric_inverse(op: str, coeff: Tensor, metric_inverse: Tensor) -> None:
     _like(op, "metric_inverse", metric_inverse, "coeff", coeff)
     K = coeff.shape[1]
     _same_shape(op, "metric_inverse", metric_inverse, "[K, K]", [K, K])
@@ -385,6 +392,6 @@ def natural_step_(
     op = "natural_step_"
     _outer(op, grad_output, input, coeff)
     _moved_basis(op, basis, grad_output, input, coeff)
-    natural_gradient(coeff, metric_inverse, op)
+    _metric_inverse(op, coeff, metric_inverse)
     if not math.isfinite(lr):
         raise ValueError(f"{op}: expected lr to be finite, got {lr}")

@@ -87,7 +87,12 @@ def form_vmap(
         for name, v, d in zip(names, moved, dims, strict=True)
     ]
     out = call(form, result, *flat)
-    return out.reshape(size, -1, *out.shape[1:])
+    samples = next(
+        v.shape[d is not None]
+        for name, v, d in zip(names, moved, dims, strict=True)
+        if name != "basis"
+    )
+    return out.reshape(size, samples, *out.shape[1:])
 
 
 class ContractionFunction(Function):

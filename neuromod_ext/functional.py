@@ -241,7 +241,6 @@ def natural_gradient(
     _checks.tensors(
         op, input=input, grad_output=grad_output, coeff=coeff, metric_inverse=metric_inverse
     )
-    _checks.natural_gradient(coeff, metric_inverse)
     if _checks.autocast_enabled(input.device):
         input, grad_output = low_precision(input.device, input, grad_output)
         with torch.autocast(input.device.type, enabled=False):
@@ -252,6 +251,7 @@ def natural_gradient(
 def _natural_gradient(
     input: Tensor, grad_output: Tensor, coeff: Tensor, metric_inverse: Tensor
 ) -> Tensor:
+    _checks.natural_gradient(input, grad_output, coeff, metric_inverse)
     dual = torch.matmul(coeff, metric_inverse.mT)
     return contract(MANIFOLD_LINEAR, "basis", grad_output, input, dual)
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from bounds import UNIT
 from sampling import DTYPES, Draw
+from torch import Tensor
+from torch.func import grad, vmap
 from torch.nn import functional as F
 
 import neuromod_ext.functional as MF
@@ -104,6 +106,20 @@ def test_empty(sizes, shape) -> None:
     out.sum().backward()
     assert [t.grad.shape for t in inputs] == [t.shape for t in inputs]
     torch.testing.assert_close(out, inputs[2] @ inputs[3] if out.numel() else torch.empty_like(out))
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 0, 5), (0, 3, 2, 5), (0, 0, 2, 5), (2, 3, 2, 0)])
+def test_empty_under_vmap(sizes) -> None:
+    basis, coeff = torch.randn(3, 4, sizes[-1]), torch.randn(sizes[1], 3)
+
+    def call(x: Tensor) -> Tensor:
+        return MF.manifold_linear(x, basis, coeff)
+
+    x = torch.randn(sizes)
+    out = vmap(call)(x)
+    assert out.shape == (*sizes[:-1], 4)
+    assert out.count_nonzero() == 0
+    assert vmap(grad(lambda x: call(x).sum()))(x).shape == x.shape
 
 
 def test_no_array_of_every_basis_points_output() -> None:

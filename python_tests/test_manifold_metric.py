@@ -140,22 +140,22 @@ def test_natural_gradient_dtype(dtype) -> None:
         (
             {"input": torch.ones(5, 4).double()},
             TypeError,
-            "expected input of dtype float32 (that of grad_output), got float64",
+            "natural_gradient: expected input of dtype float32 (that of grad_output), got float64",
         ),
         (
             {"input": torch.ones(4, 4)},
             ValueError,
-            "expected input of shape [B, ..., I] = [5, 4], got [4, 4]",
+            "natural_gradient: expected input of shape [B, ..., I] = [5, 4], got [4, 4]",
         ),
         (
             {"grad_output": torch.ones(5, 2, 3)},
             ValueError,
-            "expected input of shape [B, ..., I] = [5, 2, 4], got [5, 4]",
+            "natural_gradient: expected input of shape [B, ..., I] = [5, 2, 4], got [5, 4]",
         ),
         (
             {"coeff": torch.ones(4, 3)},
             ValueError,
-            "expected coeff of shape [B, K] = [5, 3], got [4, 3]",
+            "natural_gradient: expected coeff of shape [B, K] = [5, 3], got [4, 3]",
         ),
     ],
 )

@@ -295,6 +295,19 @@ def test_copies_and_state(which) -> None:
         assert other.topology == layer.topology
 
 
+def test_a_copy_of_a_parametrized_layer_knows_the_metric() -> None:
+    layer = ManifoldLinear(3, 2, topology=nm.Line())
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    copied = copy.deepcopy(layer)
+    assert type(copied).__name__ == "ParametrizedManifoldLinear"
+    for old, new in zip(layer.parameters(), copied.parameters(), strict=True):
+        assert new is not old
+        assert torch.equal(new, old)
+        assert new.manifold == old.manifold == nm.Line()
+    x, s = torch.randn(5, 3), torch.rand(5)
+    assert torch.equal(copied(x, s), layer(x, s))
+
+
 def test_functional_call() -> None:
     layer = ManifoldLinear(3, 2, topology=nm.Line())
     x, s = torch.randn(5, 3), torch.rand(5)

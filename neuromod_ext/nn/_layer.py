@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -154,7 +155,7 @@ class ManifoldLayer(nn.Module, ABC):
             basis.requires_grad_(plain.get_parameter(name).requires_grad)
         return self.train(plain.training)
 
-    # Every way a parameter can come into the module ends in one of these four.
+    # Every way a parameter can come into the module ends in one of these five.
 
     def register_parameter(self, name: str, param: Parameter | None) -> None:
         super().register_parameter(name, param)
@@ -168,6 +169,16 @@ class ManifoldLayer(nn.Module, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._mark_parameters()
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        """As of any module; originals of a parametrization keep their mark, too."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        for old, new in zip(self.parameters(), made.parameters(), strict=True):
+            if hasattr(old, "manifold"):
+                new.manifold = made.topology  # type: ignore[attr-defined]
+        return made
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
