@@ -19,9 +19,25 @@ template <class T>
 constexpr int64_t kDotTerms = 1;
 #endif
 
-/// to[i] += sum_of(v[i]) for kDotRows registers.
+/// Lanes are so many registers.
+constexpr int64_t kParts = 64 / kRegisterBytes;
+
+/// So many lanes in a row, as load_lanes.
+template <class T, int64_t many>
+inline void load_parts(const T* from, Register<acc_t<T>>* to) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < many * kParts; ++i) to[i] = load_as<Register<T>>(from + i * kRegister<T>);
+  } else {
+    Lanes<acc_t<T>> lanes[many];
+    load_lanes<T, many>(from, lanes);
+    __builtin_memcpy(to, lanes, sizeof(lanes));
+  }
+}
+
+/// to[i] += sum_of(v[i]) for kDotRows of them.
 template <class A>
-inline void add_sums(const Lanes<A>* v, A* to) {
+inline void add_sums(const Register<A> (*v)[kParts], A* to) {
 #if defined(__AVX512F__)
   typedef A Half __attribute__((vector_size(32)));
   struct Halves {
@@ -31,7 +47,7 @@ inline void add_sums(const Lanes<A>* v, A* to) {
   for (int64_t first = 0; first < kDotRows; first += side, v += side, to += side) {
     Half h[side];
     for (int64_t i = 0; i < side; ++i) {
-      const auto halves = bits_as<Halves>(v[i]);
+      const auto halves = bits_as<Halves>(v[i][0]);
       h[i] = halves.part[0] + halves.part[1];
     }
     if constexpr (side == 8) {
@@ -53,7 +69,7 @@ inline void add_sums(const Lanes<A>* v, A* to) {
     __builtin_memcpy(to, &sum, sizeof(sum));
   }
 #else
-  for (int64_t i = 0; i < kDotRows; ++i) to[i] += sum_of(v[i]);
+  for (int64_t i = 0; i < kDotRows; ++i) to[i] += sum_of(load_as<Lanes<A>>(v[i]));
 #endif
 }
 
@@ -96,22 +112,22 @@ template <class T, int64_t many>
     for (int64_t j = 0; j < many; ++j) right[j] = terms[j].row;
     const bool fetches = rows.next && fetched < kDotRows;
     for (int64_t j = 0; j < 2; ++j) next[j] = fetches && j < share ? rows.next + (fetched + j) * rows.lda : rows.a;
-    Lanes<A> sum[many][kDotRows] = {};
+    Register<A> sum[many][kDotRows][kParts] = {};
     const auto add_step = [&](auto a_of, auto b_of) __attribute__((always_inline)) {
-      Lanes<A> y[many][registers];
+      Register<A> y[many][registers * kParts];
 #pragma GCC unroll 8
-      for (int64_t j = 0; j < many; ++j) load_lanes<T, registers>(b_of(j), y[j]);
+      for (int64_t j = 0; j < many; ++j) load_parts<T, registers>(b_of(j), y[j]);
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kDotRows; ++i) {
-        Lanes<A> x[registers];
-        load_lanes<T, registers>(a_of(i), x);
+        Register<A> x[registers * kParts];
+        load_parts<T, registers>(a_of(i), x);
 #if defined(__AVX512F__)
         for (int64_t r = 0; r < registers; ++r) asm("" : "+v"(x[r]));  // or GCC reads it once for each product
 #endif
 #pragma GCC unroll 8
         for (int64_t j = 0; j < many; ++j)
-#pragma GCC unroll 2
-          for (int64_t r = 0; r < registers; ++r) sum[j][i] += x[r] * y[j][r];
+#pragma GCC unroll 8
+          for (int64_t r = 0; r < registers * kParts; ++r) sum[j][i][r % kParts] += x[r] * y[j][r];
       }
     };
     int64_t d = 0;

@@ -65,6 +65,23 @@ using Lanes = typename LanesOf<A>::type;
 template <class A>
 constexpr int64_t kLanes = 64 / sizeof(A);
 
+/// What one register holds. GCC keeps wider vectors in memory: sums that are added to many times are parts.
+#if defined(__AVX512F__)
+constexpr int64_t kRegisterBytes = 64;
+#elif defined(__AVX__)
+constexpr int64_t kRegisterBytes = 32;
+#else
+constexpr int64_t kRegisterBytes = 16;
+#endif
+template <class A>
+struct RegisterOf {
+  typedef A type __attribute__((vector_size(kRegisterBytes)));
+};
+template <class A>
+using Register = typename RegisterOf<A>::type;
+template <class A>
+constexpr int64_t kRegister = kRegisterBytes / sizeof(A);
+
 template <class V, class T>
 inline V load_as(const T* from) {
   V v;

@@ -23,9 +23,9 @@ struct ProductBlock {
 
 // So many rows, and registers of columns, of sums, as there is room for.
 #if defined(__AVX512F__)
-constexpr int64_t kProductRows = 12, kProductLanes = 2;
+constexpr int64_t kProductRows = 12, kProductRegisters = 2;
 #else
-constexpr int64_t kProductRows = 6, kProductLanes = 1;
+constexpr int64_t kProductRows = 6, kProductRegisters = 2;
 #endif
 
 /// So many rows, and registers of columns; the depth in order.
@@ -33,18 +33,18 @@ template <class A, int64_t rows, int64_t many>
 [[gnu::noinline]] void product_block(const ProductBlock<A>& p) {
   const int64_t row = p.row, step = p.step, ldb = p.ldb;
   const A *const a = p.a, *const b = p.b;
-  Lanes<A> sum[rows][many];
+  Register<A> sum[rows][many];
 #pragma GCC unroll 16
   for (int64_t r = 0; r < rows; ++r)
 #pragma GCC unroll 2
     for (int64_t i = 0; i < many; ++i) {
-      A* const to = p.c + r * p.ldc + i * kLanes<A>;
+      A* const to = p.c + r * p.ldc + i * kRegister<A>;
       if (!p.add) __builtin_prefetch(to, 1);
-      sum[r][i] = p.add ? load(to) : Lanes<A>{};
+      sum[r][i] = p.add ? load_as<Register<A>>(to) : Register<A>{};
     }
   const auto add_step = [&](int64_t d) __attribute__((always_inline)) {
-    Lanes<A> right[many];
-    for (int64_t i = 0; i < many; ++i) right[i] = load(b + d * ldb + i * kLanes<A>);
+    Register<A> right[many];
+    for (int64_t i = 0; i < many; ++i) right[i] = load_as<Register<A>>(b + d * ldb + i * kRegister<A>);
 #pragma GCC unroll 16
     for (int64_t r = 0; r < rows; ++r)
 #pragma GCC unroll 2
@@ -61,7 +61,8 @@ template <class A, int64_t rows, int64_t many>
 #pragma GCC unroll 16
   for (int64_t r = 0; r < rows; ++r)
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < many; ++i) __builtin_memcpy(p.c + r * p.ldc + i * kLanes<A>, &sum[r][i], sizeof(sum[r][i]));
+    for (int64_t i = 0; i < many; ++i)
+      __builtin_memcpy(p.c + r * p.ldc + i * kRegister<A>, &sum[r][i], sizeof(sum[r][i]));
 }
 
 /// The same for any number of rows up to kProductRows.
@@ -78,7 +79,7 @@ void product_block(int64_t rows, const ProductBlock<A>& p) {
 /// Less than a register of columns, from a copy of B that is completed.
 template <class A>
 void product_rest(int64_t rows, int64_t cols, const ProductBlock<A>& p) {
-  constexpr int64_t slice = 128, lanes = kLanes<A>;
+  constexpr int64_t slice = 128, lanes = kRegister<A>;
   A right[slice * lanes], sum[kProductRows * lanes];
   for (int64_t d = 0; d == 0 || d < p.depth; d += slice) {
     const int64_t length = p.depth - d < slice ? p.depth - d : slice;
@@ -100,12 +101,13 @@ void product_of(int64_t rows, int64_t cols, ProductBlock<A> p) {
     ProductBlock<A> block = p;
     int64_t left = cols;
     const auto pass = [&](int64_t lanes) {
-      left -= lanes * kLanes<A>;
-      block.b += lanes * kLanes<A>;
-      block.c += lanes * kLanes<A>;
+      left -= lanes * kRegister<A>;
+      block.b += lanes * kRegister<A>;
+      block.c += lanes * kRegister<A>;
     };
-    for (; left >= kProductLanes * kLanes<A>; pass(kProductLanes)) product_block<kProductLanes>(count, block);
-    for (; left >= kLanes<A>; pass(1)) product_block<1>(count, block);
+    for (; left >= kProductRegisters * kRegister<A>; pass(kProductRegisters))
+      product_block<kProductRegisters>(count, block);
+    for (; left >= kRegister<A>; pass(1)) product_block<1>(count, block);
     if (left > 0) product_rest(count, left, block);
     rows -= count;
     p.a += count * p.row;

@@ -13,6 +13,7 @@
 #include "common/dtype_name.h"
 #include "common/precision.h"
 #include "common/processor.h"
+#include "common/vector.h"
 #include "manifold_linear/manifold_linear_cuda_plan.h"
 
 namespace neuromod {
@@ -60,7 +61,7 @@ constexpr Costs widened{1.4e-11, 1.2e-11, 9.7e-11, 1e-10,  1.1e-10, 3e-11,  4.2e
                         8e-11,   3.2e-11, 6.3e-11, 9.4e-6, 1e-6,    5.3e-10};
 }  // namespace epyc
 
-Costs costs(DType dtype) {
+Costs measured_costs(DType dtype) {
   const bool native = torch_product_is_native();
   switch (dtype) {
     case DType::float64:
@@ -74,6 +75,12 @@ Costs costs(DType dtype) {
       break;
   }
   return native ? xeon::float16 : epyc::widened;
+}
+
+Costs costs(DType dtype) {
+  Costs cost = measured_costs(dtype);
+  if (std::string(vector_set().isa) != "avx512") cost.dots *= 1.4;  // fewer registers: fewer rows at a time
+  return cost;
 }
 
 constexpr double kAlign = 16;            // rows of a segment are padded to this
