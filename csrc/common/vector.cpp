@@ -217,12 +217,34 @@ class Ops final : public VectorOps<T> {
  private:
   template <bool streamed, class To>
   static void mix_to(int64_t n, int64_t terms, const A* c, const T* const* rows, To* to) {
+#if !defined(__AVX512F__)
+    return in_chunks(n, terms, c, rows, [&](int64_t first, int64_t count, const A* sum) {
+      for (int64_t i = 0; i < count; ++i) to[first + i] = rounded<To>(sum[i]);
+    });
+#endif
     constexpr int64_t many = 4;
     int64_t first = 0;
     for (; first + many * kLanes<A> <= n; first += many * kLanes<A>)
       mix_lanes<many, streamed>(first, terms, c, rows, to);
     for (; first + kLanes<A> <= n; first += kLanes<A>) mix_lanes<1, false>(first, terms, c, rows, to);
     for (; first < n; ++first) to[first] = rounded<To>(mixed(first, terms, c, rows));
+  }
+  /// Calls f(first, count, sums) for chunks of the elements, mixed. For registers of less than 64 bytes: GCC keeps
+  /// wider vectors in memory, and vectorises these loops.
+  template <class F>
+  static void in_chunks(int64_t n, int64_t terms, const A* c, const T* const* rows, F f) {
+    constexpr int64_t chunk = 256;
+    A sum[chunk];
+    for (int64_t first = 0; first < n; first += chunk) {
+      const int64_t count = n - first < chunk ? n - first : chunk;
+      for (int64_t i = 0; i < count; ++i) sum[i] = 0;
+      for (int64_t j = 0; j < terms; ++j) {
+        const T* const row = rows[j] + first;
+        const A scale = c[j];
+        for (int64_t i = 0; i < count; ++i) sum[i] += scale * wide(row[i]);
+      }
+      f(first, count, sum);
+    }
   }
   static A mixed(int64_t i, int64_t terms, const A* c, const T* const* rows) {
     A sum = 0;
@@ -255,6 +277,17 @@ class Ops final : public VectorOps<T> {
   template <bool buffered>
   static void step_rows(const ManifoldStepRule<A>& rule, int64_t n, int64_t terms, const A* c, const T* const* rows,
                         T* param, T* buffer) {
+#if !defined(__AVX512F__)
+    return in_chunks(n, terms, c, rows, [&](int64_t first, int64_t count, const A* sum) {
+      const ManifoldStepRule<A> same = rule;
+      for (int64_t i = first; i < first + count; ++i) {
+        A value = wide(param[i]), m = buffered ? wide(buffer[i]) : A(0);
+        same.apply(sum[i - first], value, buffered ? &m : nullptr);
+        if constexpr (buffered) buffer[i] = rounded<T>(m);
+        param[i] = rounded<T>(value);
+      }
+    });
+#endif
     constexpr int64_t many = 2;
     int64_t first = 0;
     for (; first + many * kLanes<A> <= n; first += many * kLanes<A>) {
@@ -277,17 +310,20 @@ class Ops final : public VectorOps<T> {
   template <class U>
   static A wide_dot(int64_t n, const U* a, const T* b) {
     constexpr int64_t many = 4;
-    Lanes<A> sum[many] = {};
+    Register<A> sum[many * kParts] = {};
     int64_t first = 0;
     for (; first + many * kLanes<A> <= n; first += many * kLanes<A>) {
-      Lanes<A> left[many], right[many];
+      Register<A> left[many * kParts], right[many * kParts];
       using Order = std::conditional_t<std::is_same_v<U, T>, T, A>;
-      load_lanes<Order, many>(a + first, left);
-      load_lanes<Order, many>(b + first, right);
-      for (int64_t i = 0; i < many; ++i) sum[i] += left[i] * right[i];
+      load_parts<Order, many>(a + first, left);
+      load_parts<Order, many>(b + first, right);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < many * kParts; ++i) sum[i] += left[i] * right[i];
     }
-    for (; first + kLanes<A> <= n; first += kLanes<A>) sum[0] += load(a + first) * load(b + first);
-    A total = sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    Lanes<A> sums[many];
+    __builtin_memcpy(sums, sum, sizeof(sums));
+    for (; first + kLanes<A> <= n; first += kLanes<A>) sums[0] += load(a + first) * load(b + first);
+    A total = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; first < n; ++first) total += wide(a[first]) * wide(b[first]);
     return total;
   }

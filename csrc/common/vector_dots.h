@@ -19,22 +19,6 @@ template <class T>
 constexpr int64_t kDotTerms = 1;
 #endif
 
-/// Lanes are so many registers.
-constexpr int64_t kParts = 64 / kRegisterBytes;
-
-/// So many lanes in a row, as load_lanes.
-template <class T, int64_t many>
-inline void load_parts(const T* from, Register<acc_t<T>>* to) {
-  if constexpr (std::is_same_v<T, acc_t<T>>) {
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < many * kParts; ++i) to[i] = load_as<Register<T>>(from + i * kRegister<T>);
-  } else {
-    Lanes<acc_t<T>> lanes[many];
-    load_lanes<T, many>(from, lanes);
-    __builtin_memcpy(to, lanes, sizeof(lanes));
-  }
-}
-
 /// to[i] += sum_of(v[i]) for kDotRows of them.
 template <class A>
 inline void add_sums(const Register<A> (*v)[kParts], A* to) {

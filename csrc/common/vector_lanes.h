@@ -127,6 +127,22 @@ inline void load_lanes(const T* from, Lanes<acc_t<T>>* to) {
   }
 }
 
+/// Lanes are so many registers.
+constexpr int64_t kParts = 64 / kRegisterBytes;
+
+/// load_lanes into registers.
+template <class To, int64_t many, class T>
+inline void load_parts(const T* from, Register<acc_t<T>>* to) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < many * kParts; ++i) to[i] = load_as<Register<T>>(from + i * kRegister<T>);
+  } else {
+    Lanes<acc_t<T>> lanes[many];
+    load_lanes<To, many>(from, lanes);
+    __builtin_memcpy(to, lanes, sizeof(lanes));
+  }
+}
+
 /// So many registers of sums, rounded to elements.
 template <int64_t many, class T>
 inline void store_lanes(const Lanes<acc_t<T>>* from, T* to) {
