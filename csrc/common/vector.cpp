@@ -5,8 +5,8 @@
 #include "common/vector.h"
 
 #include "common/vector_dots.h"
-#include "common/vector_lanes.h"
 #include "common/vector_product.h"
+#include "common/vector_registers.h"
 #include "common/vector_transpose.h"
 
 #define NEUROMOD_CONCAT_(a, b) a##b
@@ -28,18 +28,20 @@ class Ops final : public VectorOps<T> {
   }
 
   void widen(int64_t n, const T* from, A* to) const override {
-    for (int64_t i = 0; i < n; ++i) to[i] = wide(from[i]);
+    int64_t i = by_registers(n, [&](int64_t i) { store(load(from + i), to + i); });
+    for (; i < n; ++i) to[i] = wide(from[i]);
   }
 
   void narrow(int64_t n, const A* from, T* to) const override {
-    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T>(from[i]);
+    int64_t i = by_registers(n, [&](int64_t i) { store(load(from + i), to + i); });
+    for (; i < n; ++i) to[i] = rounded<T>(from[i]);
   }
 
   void mix(int64_t n, int64_t terms, const A* c, const T* const* rows, T* to) const override {
     mix_to<false>(n, terms, c, rows, to);
   }
   void mix_streamed(int64_t n, int64_t terms, const A* c, const T* const* rows, T* to) const override {
-    if (reinterpret_cast<uintptr_t>(to) % kStreamed != 0) return mix_to<false>(n, terms, c, rows, to);
+    if (reinterpret_cast<uintptr_t>(to) % kRegisterBytes != 0) return mix_to<false>(n, terms, c, rows, to);
     mix_to<true>(n, terms, c, rows, to);
     stream_fence();
   }
@@ -48,11 +50,13 @@ class Ops final : public VectorOps<T> {
   }
 
   void add(int64_t n, const A* from, T* to) const override {
-    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T>(wide(to[i]) + from[i]);
+    int64_t i = by_registers(n, [&](int64_t i) { store(load(to + i) + load(from + i), to + i); });
+    for (; i < n; ++i) to[i] = rounded<T>(wide(to[i]) + from[i]);
   }
 
   void add_scaled(int64_t n, A c, const T* from, A* to) const override {
-    for (int64_t i = 0; i < n; ++i) to[i] += c * wide(from[i]);
+    int64_t i = by_registers(n, [&](int64_t i) { store(load(to + i) + c * load(from + i), to + i); });
+    for (; i < n; ++i) to[i] += c * wide(from[i]);
   }
 
   A dot(int64_t n, const T* a, const T* b) const override { return wide_dot(n, a, b); }
@@ -139,19 +143,20 @@ class Ops final : public VectorOps<T> {
   }
 
   void scale(int64_t n, const A* c, const A* from, T* to) const override {
-    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T>(c[i] * from[i]);
+    int64_t i = by_registers(n, [&](int64_t i) { store(load(c + i) * load(from + i), to + i); });
+    for (; i < n; ++i) to[i] = rounded<T>(c[i] * from[i]);
   }
 
   void mix_columns(int64_t rows, int64_t cols, int64_t stride, const A* product, const A* c, const A* bias, A* sum,
                    bool add) const override {
-    for (int64_t n = 0; n < cols; n += kLanes<A>) {
-      const Lanes<A> scale = load(c + n);
+    for (int64_t n = 0; n < cols; n += kRegister<A>) {
+      const Register<A> scale = load(c + n);
       for (int64_t r = 0; r < rows; ++r) {
-        Lanes<A> value = load(product + r * stride + n);
+        Register<A> value = load(product + r * stride + n);
         if (bias) value += bias[r];
         value *= scale;
         if (add) value += load(sum + r * stride + n);
-        __builtin_memcpy(sum + r * stride + n, &value, sizeof(value));
+        store(value, sum + r * stride + n);
       }
     }
   }
@@ -159,10 +164,10 @@ class Ops final : public VectorOps<T> {
   void mix_rows(int64_t rows, int64_t cols, int64_t stride, const A* product, const A* c, A* sum,
                 bool add) const override {
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t n = 0; n < cols; n += kLanes<A>) {
-        Lanes<A> value = load(product + r * stride + n) * c[r];
+      for (int64_t n = 0; n < cols; n += kRegister<A>) {
+        Register<A> value = load(product + r * stride + n) * c[r];
         if (add) value += load(sum + r * stride + n);
-        __builtin_memcpy(sum + r * stride + n, &value, sizeof(value));
+        store(value, sum + r * stride + n);
       }
     }
   }
@@ -174,16 +179,18 @@ class Ops final : public VectorOps<T> {
 
   A dot_tile(int64_t rows, int64_t cols, int64_t stride, const A* product, const T* x,
              int64_t x_stride) const override {
-    constexpr int64_t lanes = kLanes<A>;
-    Lanes<A> sums[4] = {};
+    constexpr int64_t many = 4;
+    Register<A> sum[many] = {};
     A rest = 0;
     for (int64_t r = 0; r < rows; ++r, product += stride, x += x_stride) {
       int64_t n = 0;
-      for (; n + 4 * lanes <= cols; n += 4 * lanes)
-        for (int64_t i = 0; i < 4; ++i) sums[i] += load(product + n + i * lanes) * load(x + n + i * lanes);
+      for (; n + many * kRegister<A> <= cols; n += many * kRegister<A>)
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < many; ++i)
+          sum[i] += load(product + n + i * kRegister<A>) * load(x + n + i * kRegister<A>);
       for (; n < cols; ++n) rest += product[n] * wide(x[n]);
     }
-    return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+    return sum_of<A>((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
   }
 
   void narrow_transposed(int64_t rows, int64_t cols, int64_t stride, const A* sum, T* const* to) const override {
@@ -202,8 +209,7 @@ class Ops final : public VectorOps<T> {
           transpose_words<Word, 128>(
               length, count, [=](int64_t i) { return from(r + i) + n; },
               [&](int64_t i) { return reinterpret_cast<Word*>(buffer[i]); });
-          for (int64_t i = 0; i < count; ++i)
-            for (int64_t j = 0; j < length; ++j) to[n + i][r + j] = rounded<T>(buffer[i][j]);
+          for (int64_t i = 0; i < count; ++i) narrow(length, buffer[i], to[n + i] + r);
         }
       }
     }
@@ -215,89 +221,65 @@ class Ops final : public VectorOps<T> {
   }
 
  private:
+  /// f(i) for all i that begin a register of sums of n; what is left begins where it returns.
+  template <class F>
+  static int64_t by_registers(int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + kRegister<A> <= n; i += kRegister<A>) f(i);
+    return i;
+  }
+
   template <bool streamed, class To>
   static void mix_to(int64_t n, int64_t terms, const A* c, const T* const* rows, To* to) {
-#if !defined(__AVX512F__)
-    return in_chunks(n, terms, c, rows, [&](int64_t first, int64_t count, const A* sum) {
-      for (int64_t i = 0; i < count; ++i) to[first + i] = rounded<To>(sum[i]);
-    });
-#endif
     constexpr int64_t many = 4;
     int64_t first = 0;
-    for (; first + many * kLanes<A> <= n; first += many * kLanes<A>)
-      mix_lanes<many, streamed>(first, terms, c, rows, to);
-    for (; first + kLanes<A> <= n; first += kLanes<A>) mix_lanes<1, false>(first, terms, c, rows, to);
+    for (; first + many * kRegister<A> <= n; first += many * kRegister<A>)
+      mix_row<many, streamed>(first, terms, c, rows, to);
+    for (; first + kRegister<A> <= n; first += kRegister<A>) mix_row<1, false>(first, terms, c, rows, to);
     for (; first < n; ++first) to[first] = rounded<To>(mixed(first, terms, c, rows));
-  }
-  /// Calls f(first, count, sums) for chunks of the elements, mixed. For registers of less than 64 bytes: GCC keeps
-  /// wider vectors in memory, and vectorises these loops.
-  template <class F>
-  static void in_chunks(int64_t n, int64_t terms, const A* c, const T* const* rows, F f) {
-    constexpr int64_t chunk = 256;
-    A sum[chunk];
-    for (int64_t first = 0; first < n; first += chunk) {
-      const int64_t count = n - first < chunk ? n - first : chunk;
-      for (int64_t i = 0; i < count; ++i) sum[i] = 0;
-      for (int64_t j = 0; j < terms; ++j) {
-        const T* const row = rows[j] + first;
-        const A scale = c[j];
-        for (int64_t i = 0; i < count; ++i) sum[i] += scale * wide(row[i]);
-      }
-      f(first, count, sum);
-    }
   }
   static A mixed(int64_t i, int64_t terms, const A* c, const T* const* rows) {
     A sum = 0;
     for (int64_t j = 0; j < terms; ++j) sum += c[j] * wide(rows[j][i]);
     return sum;
   }
-  /// Those of the elements from `first`, in the order of sums for type To, added.
+  /// Those of so many registers from `first`, in the order of sums for type To, added.
   template <class To, int64_t many>
-  static void add_mixed(int64_t first, int64_t terms, const A* c, const T* const* rows, Lanes<A>* sum) {
+  static void add_mixed(int64_t first, int64_t terms, const A* c, const T* const* rows, Register<A>* sum) {
     for (int64_t j = 0; j < terms; ++j) {
-      Lanes<A> values[many];
-      load_lanes<To, many>(rows[j] + first, values);
+      Register<A> values[many];
+      load_row<To, many>(rows[j] + first, values);
+#pragma GCC unroll 8
       for (int64_t i = 0; i < many; ++i) sum[i] += values[i] * c[j];
     }
   }
   template <int64_t many, bool streamed, class To>
-  static void mix_lanes(int64_t first, int64_t terms, const A* c, const T* const* rows, To* to) {
-    Lanes<A> sum[many] = {};
+  static void mix_row(int64_t first, int64_t terms, const A* c, const T* const* rows, To* to) {
+    Register<A> sum[many] = {};
     add_mixed<To, many>(first, terms, c, rows, sum);
     if constexpr (streamed) {
-      alignas(kStreamed) To values[many * kLanes<A>];
-      store_lanes<many>(sum, values);
-      for (size_t i = 0; i < sizeof(values); i += kStreamed)
+      To values[many * kRegister<A>];
+      store_row<many>(sum, values);
+      for (size_t i = 0; i < sizeof(values); i += kRegisterBytes)
         stream(reinterpret_cast<char*>(to + first) + i, reinterpret_cast<const char*>(values) + i);
     } else {
-      store_lanes<many>(sum, to + first);
+      store_row<many>(sum, to + first);
     }
   }
 
   template <bool buffered>
   static void step_rows(const ManifoldStepRule<A>& rule, int64_t n, int64_t terms, const A* c, const T* const* rows,
                         T* param, T* buffer) {
-#if !defined(__AVX512F__)
-    return in_chunks(n, terms, c, rows, [&](int64_t first, int64_t count, const A* sum) {
-      const ManifoldStepRule<A> same = rule;
-      for (int64_t i = first; i < first + count; ++i) {
-        A value = wide(param[i]), m = buffered ? wide(buffer[i]) : A(0);
-        same.apply(sum[i - first], value, buffered ? &m : nullptr);
-        if constexpr (buffered) buffer[i] = rounded<T>(m);
-        param[i] = rounded<T>(value);
-      }
-    });
-#endif
     constexpr int64_t many = 2;
     int64_t first = 0;
-    for (; first + many * kLanes<A> <= n; first += many * kLanes<A>) {
-      Lanes<A> sum[many] = {}, value[many], m[many];
+    for (; first + many * kRegister<A> <= n; first += many * kRegister<A>) {
+      Register<A> sum[many] = {}, value[many], m[many];
       add_mixed<T, many>(first, terms, c, rows, sum);
-      load_lanes<T, many>(param + first, value);
-      if constexpr (buffered) load_lanes<T, many>(buffer + first, m);
+      load_row<T, many>(param + first, value);
+      if constexpr (buffered) load_row<T, many>(buffer + first, m);
       for (int64_t i = 0; i < many; ++i) rule.apply(sum[i], value[i], buffered ? &m[i] : nullptr);
-      if constexpr (buffered) store_lanes<many>(m, buffer + first);
-      store_lanes<many>(value, param + first);
+      if constexpr (buffered) store_row<many>(m, buffer + first);
+      store_row<many>(value, param + first);
     }
     for (; first < n; ++first) {
       A value = wide(param[first]), m = buffered ? wide(buffer[first]) : A(0);
@@ -310,20 +292,18 @@ class Ops final : public VectorOps<T> {
   template <class U>
   static A wide_dot(int64_t n, const U* a, const T* b) {
     constexpr int64_t many = 4;
-    Register<A> sum[many * kParts] = {};
+    Register<A> sum[many] = {};
     int64_t first = 0;
-    for (; first + many * kLanes<A> <= n; first += many * kLanes<A>) {
-      Register<A> left[many * kParts], right[many * kParts];
+    for (; first + many * kRegister<A> <= n; first += many * kRegister<A>) {
+      Register<A> left[many], right[many];
       using Order = std::conditional_t<std::is_same_v<U, T>, T, A>;
-      load_parts<Order, many>(a + first, left);
-      load_parts<Order, many>(b + first, right);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < many * kParts; ++i) sum[i] += left[i] * right[i];
+      load_row<Order, many>(a + first, left);
+      load_row<Order, many>(b + first, right);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < many; ++i) sum[i] += left[i] * right[i];
     }
-    Lanes<A> sums[many];
-    __builtin_memcpy(sums, sum, sizeof(sums));
-    for (; first + kLanes<A> <= n; first += kLanes<A>) sums[0] += load(a + first) * load(b + first);
-    A total = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; first + kRegister<A> <= n; first += kRegister<A>) sum[0] += load(a + first) * load(b + first);
+    A total = sum_of<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
     for (; first < n; ++first) total += wide(a[first]) * wide(b[first]);
     return total;
   }

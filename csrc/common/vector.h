@@ -29,7 +29,7 @@ class VectorOps {
   virtual void narrow(int64_t n, const A* from, T* to) const = 0;
   /// to[i] = T(sum_j c[j] rows[j][i]), j in order
   virtual void mix(int64_t n, int64_t terms, const A* c, const T* const* rows, T* to) const = 0;
-  /// The same, with AVX-512 written past the caches.
+  /// The same, written past the caches.
   virtual void mix_streamed(int64_t n, int64_t terms, const A* c, const T* const* rows, T* to) const = 0;
   /// The same, not rounded to T.
   virtual void mix_wide(int64_t n, int64_t terms, const A* c, const T* const* rows, A* to) const = 0;

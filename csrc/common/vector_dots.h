@@ -1,9 +1,9 @@
-// Dot products of rows with rows, in blocks whose sums stay in registers. For vector.cpp alone, as vector_lanes.h.
+// Dot products of rows with rows, in blocks whose sums stay in registers. For vector.cpp alone, as vector_registers.h.
 #pragma once
 
 #include <utility>
 
-#include "common/vector_lanes.h"
+#include "common/vector_registers.h"
 
 namespace neuromod {
 namespace {
@@ -11,58 +11,50 @@ namespace {
 // So many rows of A, and terms, as there is room for; half types take two registers each.
 #if defined(__AVX512F__)
 constexpr int64_t kDotRows = 8;
-template <class T>
-constexpr int64_t kDotTerms = is_half_type<T> ? 2 : 3;
 #else
 constexpr int64_t kDotRows = 4;
+#endif
 template <class T>
-constexpr int64_t kDotTerms = 1;
-#endif
+constexpr int64_t kDotTerms = is_half_type<T> ? 2 : 3;
 
-/// to[i] += sum_of(v[i]) for kDotRows of them.
-template <class A>
-inline void add_sums(const Register<A> (*v)[kParts], A* to) {
-#if defined(__AVX512F__)
-  typedef A Half __attribute__((vector_size(32)));
-  struct Halves {
-    Half part[2];
-  };
-  constexpr int64_t side = 32 / sizeof(A);
-  for (int64_t first = 0; first < kDotRows; first += side, v += side, to += side) {
-    Half h[side];
-    for (int64_t i = 0; i < side; ++i) {
-      const auto halves = bits_as<Halves>(v[i][0]);
-      h[i] = halves.part[0] + halves.part[1];
-    }
-    if constexpr (side == 8) {
-      for (int64_t i = 0; i < 4; ++i)
-        h[i] = __builtin_shufflevector(h[i], h[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
-               __builtin_shufflevector(h[i], h[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-      for (int64_t i = 0; i < 2; ++i)
-        h[i] = __builtin_shufflevector(h[i], h[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
-               __builtin_shufflevector(h[i], h[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-      h[0] = __builtin_shufflevector(h[0], h[1], 0, 8, 2, 10, 4, 12, 6, 14) +
-             __builtin_shufflevector(h[0], h[1], 1, 9, 3, 11, 5, 13, 7, 15);
-    } else {
-      for (int64_t i = 0; i < 2; ++i)
-        h[i] =
-            __builtin_shufflevector(h[i], h[i + 2], 0, 1, 4, 5) + __builtin_shufflevector(h[i], h[i + 2], 2, 3, 6, 7);
-      h[0] = __builtin_shufflevector(h[0], h[1], 0, 4, 2, 6) + __builtin_shufflevector(h[0], h[1], 1, 5, 3, 7);
-    }
-    const Half sum = load_as<Half>(to) + h[0];
-    __builtin_memcpy(to, &sum, sizeof(sum));
+/// The sums of as many vectors as they have elements, in the first: neighbours `d` apart are added, then half as far.
+template <int64_t d, class V>
+inline void add_apart(V* v) {
+  if constexpr (d > 0) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < d; ++i) v[i] = upper<d>(v[i], v[i + d]) + lower<d>(v[i], v[i + d]);
+    add_apart<d / 2>(v);
   }
-#else
-  for (int64_t i = 0; i < kDotRows; ++i) to[i] += sum_of(load_as<Lanes<A>>(v[i]));
-#endif
 }
 
-/// The last elements of a row, less than 64 bytes of them, with zeros: after others of the row, or before nothing.
-template <class T>
+/// to[i] += the sum of v[i], for kDotRows of them.
+template <class A>
+inline void add_sums(const Register<A>* v, A* to) {
+  constexpr int64_t side = kRegister<A> < kDotRows ? kRegister<A> : kDotRows, parts = kRegister<A> / side;
+  typedef A Part __attribute__((vector_size(side * sizeof(A))));
+  struct Parts {
+    Part part[parts];
+  };
+  for (int64_t first = 0; first < kDotRows; first += side) {
+    Part sum[side];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < side; ++i) {
+      const auto each = bits_as<Parts>(v[first + i]);
+      sum[i] = each.part[0];
+      if constexpr (parts == 2) sum[i] += each.part[1];
+    }
+    static_assert(parts <= 2);
+    add_apart<side / 2>(sum);
+    sum[0] += load_as<Part>(to + first);
+    __builtin_memcpy(to + first, &sum[0], sizeof(Part));
+  }
+}
+
+/// The last elements of a row, less than `step` of them, with zeros: after others of the row, or before nothing.
+template <int64_t step, class T>
 inline void last_of(const T* row, int64_t depth, T* to) {
   using Word = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
-  typedef Word Words __attribute__((vector_size(64)));
-  constexpr int64_t step = 64 / sizeof(T);
+  typedef Word Words __attribute__((vector_size(step * sizeof(T))));
   Words kept = {};
   if (depth < step) {
     __builtin_memcpy(&kept, row, size_t(depth) * sizeof(T));
@@ -86,7 +78,7 @@ struct DotRows {
 template <class T, int64_t many>
 [[gnu::noinline]] void dot_blocks(const DotRows<T>& rows, int64_t blocks, const DotTerm<T>* terms, int64_t first) {
   using A = acc_t<T>;
-  constexpr int64_t step = 64 / sizeof(T), registers = is_half_type<T> ? 2 : 1;
+  constexpr int64_t registers = is_half_type<T> ? 2 : 1, step = registers * kRegister<A>;
   const int64_t depth = rows.depth;
   const T* left[kDotRows];
   for (int64_t i = 0; i < kDotRows; ++i) left[i] = rows.a + (i < rows.count ? i : 0) * rows.lda;
@@ -96,22 +88,22 @@ template <class T, int64_t many>
     for (int64_t j = 0; j < many; ++j) right[j] = terms[j].row;
     const bool fetches = rows.next && fetched < kDotRows;
     for (int64_t j = 0; j < 2; ++j) next[j] = fetches && j < share ? rows.next + (fetched + j) * rows.lda : rows.a;
-    Register<A> sum[many][kDotRows][kParts] = {};
+    Register<A> sum[many][kDotRows] = {};
     const auto add_step = [&](auto a_of, auto b_of) __attribute__((always_inline)) {
-      Register<A> y[many][registers * kParts];
+      Register<A> y[many][registers];
 #pragma GCC unroll 8
-      for (int64_t j = 0; j < many; ++j) load_parts<T, registers>(b_of(j), y[j]);
+      for (int64_t j = 0; j < many; ++j) load_row<T, registers>(b_of(j), y[j]);
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kDotRows; ++i) {
-        Register<A> x[registers * kParts];
-        load_parts<T, registers>(a_of(i), x);
+        Register<A> x[registers];
+        load_row<T, registers>(a_of(i), x);
 #if defined(__AVX512F__)
         for (int64_t r = 0; r < registers; ++r) asm("" : "+v"(x[r]));  // or GCC reads it once for each product
 #endif
 #pragma GCC unroll 8
         for (int64_t j = 0; j < many; ++j)
 #pragma GCC unroll 8
-          for (int64_t r = 0; r < registers * kParts; ++r) sum[j][i][r % kParts] += x[r] * y[j][r];
+          for (int64_t r = 0; r < registers; ++r) sum[j][i] += x[r] * y[j][r];
       }
     };
     int64_t d = 0;
@@ -122,8 +114,8 @@ template <class T, int64_t many>
     }
     if (d < depth) {
       alignas(64) T x[kDotRows][step], y[many][step];
-      for (int64_t i = 0; i < kDotRows; ++i) last_of(left[i], depth, x[i]);
-      for (int64_t j = 0; j < many; ++j) last_of(right[j], depth, y[j]);
+      for (int64_t i = 0; i < kDotRows; ++i) last_of<step>(left[i], depth, x[i]);
+      for (int64_t j = 0; j < many; ++j) last_of<step>(right[j], depth, y[j]);
       add_step([&](int64_t i) { return x[i]; }, [&](int64_t j) { return y[j]; });
     }
 #pragma GCC unroll 8

@@ -1,9 +1,9 @@
-// The product of two matrices, in blocks whose sums stay in registers. For vector.cpp alone, as vector_lanes.h.
+// The product of two matrices, in blocks whose sums stay in registers. For vector.cpp alone, as vector_registers.h.
 #pragma once
 
 #include <utility>
 
-#include "common/vector_lanes.h"
+#include "common/vector_registers.h"
 
 namespace neuromod {
 namespace {

@@ -1,49 +1,29 @@
-// Transposes of rows, in registers. For vector.cpp alone, as vector_lanes.h.
+// Transposes of rows, in registers. For vector.cpp alone, as vector_registers.h.
 #pragma once
 
-#include "common/vector_lanes.h"
+#include "common/vector_registers.h"
 
 namespace neuromod {
 namespace {
 
-// 8 x 8 words, or 4 x 4 of eight bytes, are transposed in registers, by exchanging ever larger parts of neighbours.
+/// A square of words that is transposed in registers, at most 8 x 8 of four bytes or 4 x 4 of eight.
 template <class Word>
-struct Block;
-template <>
-struct Block<uint32_t> {
-  static constexpr int side = 8;
-  typedef uint32_t Row __attribute__((vector_size(32)));
-  static inline void transpose(Row (&r)[8]) {
-    Row t[8];
-    for (int i = 0; i < 8; i += 2) {
-      t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
-      t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
-    }
-    for (int i = 0; i < 8; i += 4)
-      for (int j = 0; j < 2; ++j) {
-        r[i + j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-        r[i + j + 2] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+struct Block {
+  static constexpr int64_t bytes = kRegisterBytes < 32 ? kRegisterBytes : 32, side = bytes / sizeof(Word);
+  typedef Word Row __attribute__((vector_size(bytes)));
+
+  /// By exchanging ever larger parts of neighbours.
+  template <int64_t d = 1>
+  static inline void transpose(Row* r) {
+    if constexpr (d < side) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < side; ++i) {
+        if (i & d) continue;
+        const Row a = r[i], b = r[i + d];
+        r[i] = upper<d>(a, b);
+        r[i + d] = lower<d>(a, b);
       }
-    for (int j = 0; j < 4; ++j) {
-      t[j] = __builtin_shufflevector(r[j], r[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-      t[j + 4] = __builtin_shufflevector(r[j], r[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-    for (int i = 0; i < 8; ++i) r[i] = t[i];
-  }
-};
-template <>
-struct Block<uint64_t> {
-  static constexpr int side = 4;
-  typedef uint64_t Row __attribute__((vector_size(32)));
-  static inline void transpose(Row (&r)[4]) {
-    Row t[4];
-    for (int i = 0; i < 4; i += 2) {
-      t[i] = __builtin_shufflevector(r[i], r[i + 1], 0, 4, 2, 6);
-      t[i + 1] = __builtin_shufflevector(r[i], r[i + 1], 1, 5, 3, 7);
-    }
-    for (int j = 0; j < 2; ++j) {
-      r[j] = __builtin_shufflevector(t[j], t[j + 2], 0, 1, 4, 5);
-      r[j + 2] = __builtin_shufflevector(t[j], t[j + 2], 2, 3, 6, 7);
+      transpose<2 * d>(r);
     }
   }
 };
@@ -51,19 +31,19 @@ struct Block<uint64_t> {
 /// to(d)[r] = from[r][d] for d in [first, last); a null row is zeros. Rows need no alignment.
 template <class Word, class From, class To>
 inline void transpose_slice(int64_t rows, int64_t first, int64_t last, From from, To to) {
-  constexpr int side = Block<Word>::side;
+  constexpr int64_t side = Block<Word>::side;
   using Row = typename Block<Word>::Row;
   int64_t r = 0;
   for (; r + side <= rows; r += side) {
     const char* source[side];
     bool all = true;
-    for (int i = 0; i < side; ++i) {
+    for (int64_t i = 0; i < side; ++i) {
       source[i] = reinterpret_cast<const char*>(from(r + i));
       all = all && source[i];
     }
     if (!all) break;
     const char* next[side];  // what follows is fetched meanwhile: of so many rows the processor foresees little
-    for (int i = 0; i < side; ++i) {
+    for (int64_t i = 0; i < side; ++i) {
       const bool more = r + 2 * side <= rows;
       const auto row = reinterpret_cast<const char*>(from(more ? r + side + i : i));
       next[i] = row ? row + (more ? 0 : (last - first) * int64_t(sizeof(Word))) : source[i];
@@ -71,14 +51,14 @@ inline void transpose_slice(int64_t rows, int64_t first, int64_t last, From from
     int64_t d = first;
     for (; d + side <= last; d += side) {
       constexpr int64_t line = 64 / sizeof(Word);
-      for (int i = 0; i < side && d % line == 0; ++i) __builtin_prefetch(next[i] + d * int64_t(sizeof(Word)));
+      for (int64_t i = 0; i < side && d % line == 0; ++i) __builtin_prefetch(next[i] + d * int64_t(sizeof(Word)));
       Row block[side];
-      for (int i = 0; i < side; ++i) block[i] = load_as<Row>(source[i] + d * int64_t(sizeof(Word)));
+      for (int64_t i = 0; i < side; ++i) block[i] = load_as<Row>(source[i] + d * int64_t(sizeof(Word)));
       Block<Word>::transpose(block);
-      for (int i = 0; i < side; ++i) __builtin_memcpy(to(d + i) + r, &block[i], sizeof(Row));
+      for (int64_t i = 0; i < side; ++i) __builtin_memcpy(to(d + i) + r, &block[i], sizeof(Row));
     }
     for (; d < last; ++d)
-      for (int i = 0; i < side; ++i) to(d)[r + i] = load_as<Word>(source[i] + d * int64_t(sizeof(Word)));
+      for (int64_t i = 0; i < side; ++i) to(d)[r + i] = load_as<Word>(source[i] + d * int64_t(sizeof(Word)));
   }
   for (; r < rows; ++r) {
     const char* const source = reinterpret_cast<const char*>(from(r));
@@ -94,20 +74,25 @@ inline void transpose_words(int64_t rows, int64_t depth, From from, To to) {
     transpose_slice<Word>(rows, d, d + slice < depth ? d + slice : depth, from, to);
 }
 
+/// even[0], odd[0], even[1] ... as words
+template <class Halves, size_t... i>
+inline Block<uint32_t>::Row woven(Halves even, Halves odd, std::index_sequence<i...>) {
+  return bits_as<Block<uint32_t>::Row>(__builtin_shufflevector(even, odd, (i % 2 * (sizeof...(i) / 2) + i / 2)...));
+}
+
 /// to(d)[r] = from(r)[d] of two bytes each, for d in [first, last): neighbouring rows are woven into words, and those
 /// transposed.
 template <class From, class To>
 inline void transpose_halves(int64_t rows, int64_t first, int64_t last, From from, To to) {
-  typedef uint16_t Halves __attribute__((vector_size(16)));
-  typedef uint16_t Woven __attribute__((vector_size(32)));
   using Row = Block<uint32_t>::Row;
-  constexpr int side = Block<uint32_t>::side;
+  constexpr int64_t side = Block<uint32_t>::side;
+  typedef uint16_t Halves __attribute__((vector_size(2 * side)));
   const auto element = [](const char* row, int64_t d) { return load_as<uint16_t>(row + 2 * d); };
   int64_t r = 0;
   for (; r + 2 * side <= rows; r += 2 * side) {
     const char* source[2 * side];
     bool all = true;
-    for (int i = 0; i < 2 * side; ++i) {
+    for (int64_t i = 0; i < 2 * side; ++i) {
       source[i] = reinterpret_cast<const char*>(from(r + i));
       all = all && source[i];
     }
@@ -115,16 +100,15 @@ inline void transpose_halves(int64_t rows, int64_t first, int64_t last, From fro
     int64_t d = first;
     for (; d + side <= last; d += side) {
       Row block[side];
-      for (int i = 0; i < side; ++i) {
+      for (int64_t i = 0; i < side; ++i) {
         const auto even = load_as<Halves>(source[2 * i] + 2 * d), odd = load_as<Halves>(source[2 * i + 1] + 2 * d);
-        const Woven woven = __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-        __builtin_memcpy(&block[i], &woven, sizeof(Row));
+        block[i] = woven(even, odd, std::make_index_sequence<2 * side>());
       }
       Block<uint32_t>::transpose(block);
-      for (int i = 0; i < side; ++i) __builtin_memcpy(to(d + i) + r, &block[i], sizeof(Row));
+      for (int64_t i = 0; i < side; ++i) __builtin_memcpy(to(d + i) + r, &block[i], sizeof(Row));
     }
     for (; d < last; ++d)
-      for (int i = 0; i < 2 * side; ++i) to(d)[r + i] = element(source[i], d);
+      for (int64_t i = 0; i < 2 * side; ++i) to(d)[r + i] = element(source[i], d);
   }
   for (; r < rows; ++r) {
     const char* const source = reinterpret_cast<const char*>(from(r));

@@ -3,10 +3,7 @@
 
 #include <type_traits>
 
-#include "common/vector_lanes.h"
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "common/vector_registers.h"
 
 #define NEUROMOD_CONCAT_(a, b) a##b
 #define NEUROMOD_CONCAT(a, b) NEUROMOD_CONCAT_(a, b)
@@ -15,61 +12,80 @@
 namespace neuromod {
 namespace {
 
-/// Rows of sums that stay in registers beside what is added to them: 32 registers of a row's half, or 16 of a quarter.
+/// Rows of sums that stay in registers beside what is added to them.
 #if defined(__AVX512F__)
 constexpr int64_t kRows = 10;
-#else
+#elif defined(__AVX__)
 constexpr int64_t kRows = 2;
+#else
+constexpr int64_t kRows = 1;
 #endif
 
 /// max(x, 0), and NaN for NaN.
 template <class A>
-inline Lanes<A> relu(Lanes<A> x) {
+inline Register<A> relu(Register<A> x) {
+  const Register<A> zero = {};
 #if defined(__AVX512F__)  // one instruction; the compiler makes two of a comparison
-  const Lanes<A> zero = {};
   if constexpr (sizeof(A) == 8)
-    return Lanes<A>(_mm512_maskz_max_pd(0xff, __m512d(zero), __m512d(x)));
+    return Register<A>(_mm512_maskz_max_pd(0xff, __m512d(zero), __m512d(x)));
   else
-    return Lanes<A>(_mm512_maskz_max_ps(0xffff, __m512(zero), __m512(x)));
+    return Register<A>(_mm512_maskz_max_ps(0xffff, __m512(zero), __m512(x)));
 #else
-  for (int64_t i = 0; i < kLanes<A>; ++i) x[i] = 0 > x[i] ? 0 : x[i];
-  return x;
+  return zero > x ? zero : x;
 #endif
 }
 
 /// One row of a block.
 template <class A>
 struct Row {
-  Lanes<A> half[2];
+  static constexpr int64_t parts = kFlyBlock<A> / kRegister<A>;
+  Register<A> part[parts];
 
-  static Row at(const A* from) { return {{load(from), load(from + kLanes<A>)}}; }
-  void store(A* to) const {  // each by itself, or it would go by way of the stack
-    __builtin_memcpy(to, &half[0], sizeof(half[0]));
-    __builtin_memcpy(to + kLanes<A>, &half[1], sizeof(half[1]));
+  static Row at(const A* from) {
+    return of([=](int64_t i) { return load(from + i * kRegister<A>); });
   }
-  Row& operator+=(const Row& other) {
-    half[0] += other.half[0];
-    half[1] += other.half[1];
-    return *this;
+  void store(A* to) const {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < parts; ++i) neuromod::store(part[i], to + i * kRegister<A>);
   }
+  Row& operator+=(const Row& other) { return *this = *this + other; }
   Row& operator-=(const Row& other) {
-    half[0] -= other.half[0];
-    half[1] -= other.half[1];
-    return *this;
+    return *this = of([&](int64_t i) { return part[i] - other.part[i]; });
   }
-  Row operator*(const Row& other) const { return {{half[0] * other.half[0], half[1] * other.half[1]}}; }
-  Row operator*(A scale) const { return {{half[0] * scale, half[1] * scale}}; }
+  Row operator+(const Row& other) const {
+    return of([&](int64_t i) { return part[i] + other.part[i]; });
+  }
+  Row operator*(const Row& other) const {
+    return of([&](int64_t i) { return part[i] * other.part[i]; });
+  }
+  Row operator*(A scale) const {
+    return of([&](int64_t i) { return part[i] * scale; });
+  }
+  Row operator/(A divisor) const {
+    return of([&](int64_t i) { return part[i] / divisor; });
+  }
+  Row active() const {
+    return of([&](int64_t i) { return relu<A>(part[i]); });
+  }
   /// Itself where `h` > 0 or is NaN, else 0.
   Row where_active(const Row& h) const {
-    const Lanes<A> zero = {};
-    return {{h.half[0] <= 0 ? zero : half[0], h.half[1] <= 0 ? zero : half[1]}};
+    const Register<A> zero = {};
+    return of([&](int64_t i) { return h.part[i] <= 0 ? zero : part[i]; });
+  }
+
+ private:
+  template <class F>
+  static Row of(F f) {
+    Row row;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < parts; ++i) row.part[i] = f(i);
+    return row;
   }
 };
 
 template <class A>
 class Ops final : public FlyHashOps<A> {
   static constexpr int64_t kBlock = kFlyBlock<A>;
-  static_assert(kBlock == 2 * kLanes<A>);
 
  public:
   bool offsets(int64_t n, const int64_t* index, int64_t limit, uint32_t* to) const override {
@@ -83,7 +99,7 @@ class Ops final : public FlyHashOps<A> {
     Row<A> sum = {};
     for (int64_t i = 0; i < inputs; ++i)
       if (count[i] != 0) sum += Row<A>::at(x + i * kBlock) * count[i];
-    const Row<A> mean = {{sum.half[0] / terms, sum.half[1] / terms}};
+    const Row<A> mean = sum / terms;
     for (int64_t i = 0; i < inputs; ++i) {
       if (count[i] == 0) continue;
       Row<A> value = Row<A>::at(x + i * kBlock);
@@ -141,7 +157,7 @@ class Ops final : public FlyHashOps<A> {
       hash(some, arity, index + first * arity, x, nullptr, h.at);
       signal(some, outputs, readout + first * outputs, grad, to.at);
       for (int64_t u = 0; u < some; ++u)
-        add_product(Row<A>::at(h.at + u * kBlock), Row<A>::at(to.at + u * kBlock), sum + (first + u) * kLanes<A>);
+        add_product(Row<A>::at(h.at + u * kBlock), Row<A>::at(to.at + u * kBlock), sum + (first + u) * kBlock / 2);
     });
   }
 
@@ -234,7 +250,7 @@ class Ops final : public FlyHashOps<A> {
     }
     if (k < arity()) even += Row<A>::at(row(x, index[k]));
     if (arity() > 1) even += odd;
-    return {{relu<A>(even.half[0]), relu<A>(even.half[1])}};
+    return even.active();
   }
 
   template <class Arity>
@@ -293,16 +309,20 @@ class Ops final : public FlyHashOps<A> {
       for (int64_t u = 0; u < some; ++u) {
         Row<A> signal = g[0] * from[u];
         for (int64_t r = 1; r < kRows; ++r) signal += g[r] * from[r * kFlyChunk + u];
-        add_product(unit(arity, index + (first + u) * arity(), x), signal, sum + (first + u) * kLanes<A>);
+        add_product(unit(arity, index + (first + u) * arity(), x), signal, sum + (first + u) * kBlock / 2);
       }
     });
   }
 
   static void add_product(const Row<A>& h, const Row<A>& signal, A* sum) {
-    Lanes<A> total = load(sum);
-    total += h.half[0] * signal.half[0];
-    total += h.half[1] * signal.half[1];
-    __builtin_memcpy(sum, &total, sizeof(total));
+    constexpr int64_t parts = Row<A>::parts / 2;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < parts; ++i) {
+      Register<A> total = load(sum + i * kRegister<A>);
+      total += h.part[i] * signal.part[i];
+      total += h.part[i + parts] * signal.part[i + parts];
+      store(total, sum + i * kRegister<A>);
+    }
   }
 };
 
