@@ -19,7 +19,7 @@ namespace neuromod {
 // Defined in common/processor.cpp, common/diagnostics.cpp and manifold_linear/manifold_linear_plan.cpp, whose headers
 // would bring in torch's.
 std::vector<std::string> cpu_features();
-bool torch_product_is_native();
+bool torch_product_outruns_tiles();
 double tile_seconds(const std::string& dtype, int64_t rows, int64_t cols, int64_t depth, int64_t repeats);
 std::map<std::string, std::vector<std::pair<std::string, double>>> explain_manifold_linear(
     const std::string& device, const std::string& dtype, int64_t batch, int64_t tokens, int64_t num_basis,
@@ -48,8 +48,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of neuromod_ext.";
   m.def("build_info", &build_info, "What this binary was built against and with.");
   m.def("cpu_features", &neuromod::cpu_features, "Instruction sets of this processor that the CPU kernels can use.");
-  m.def("torch_product_is_native", &neuromod::torch_product_is_native,
-        "Whether torch's matrix product of float32 and float64 uses all that this processor has.");
+  m.def("torch_product_outruns_tiles", &neuromod::torch_product_outruns_tiles,
+        "Whether torch's matrix product of float32 and float64 is faster here than tiles.");
   m.def("tile_seconds", &neuromod::tile_seconds, arg("dtype"), arg("rows"), arg("cols"), arg("depth"), arg("repeats"),
         "Seconds that one product tile takes on this thread, its operands in cache: the limit of every CPU plan.");
   m.def(

@@ -103,13 +103,13 @@ if not EXTENSION and os.environ.get("NEUROMOD_REFERENCE") != "1":
         stacklevel=2,
     )
 
-TORCH_PRODUCT_IS_NATIVE = True
-"""Whether torch's float32 and float64 products use all of this processor; MKL's do on Intel's."""
+TORCH_PRODUCT_OUTRUNS_TILES = True
+"""Whether torch's products of float32 and float64 are faster than tiles, as MKL's with AVX-512."""
 
 if EXTENSION:
     from neuromod_ext import _C
 
-    TORCH_PRODUCT_IS_NATIVE = _C.torch_product_is_native()
+    TORCH_PRODUCT_OUTRUNS_TILES = _C.torch_product_outruns_tiles()
     OPS: dict[str, Callable[..., Any]] = {
         name: getattr(torch.ops.neuromod_ext, name).default for name in NAMES
     }

@@ -19,7 +19,7 @@ from neuromod_ext._contraction import contract
 from neuromod_ext._conv import manifold_conv1d, manifold_conv2d, manifold_conv3d
 from neuromod_ext._fly import fly_hash, fly_readout, gain_linear
 from neuromod_ext._hadamard import hadamard_rotate, hadamard_rotate_
-from neuromod_ext._ops import EXTENSION, OPS, TORCH_PRODUCT_IS_NATIVE
+from neuromod_ext._ops import EXTENSION, OPS, TORCH_PRODUCT_OUTRUNS_TILES
 from neuromod_ext._transforms import (
     low_precision,
     refuse_transforms,
@@ -117,7 +117,7 @@ def _folds_in_cache(input: Tensor) -> bool:
     """Whether the op folds one condition's weight faster than F.linear takes a stored one."""
     if not EXTENSION or input.device.type != "cpu" or transform_active():
         return False
-    if input.dtype in (torch.float32, torch.float64) and not TORCH_PRODUCT_IS_NATIVE:
+    if input.dtype in (torch.float32, torch.float64) and not TORCH_PRODUCT_OUTRUNS_TILES:
         return True
     return not size_left_open(input.numel()) and input.numel() <= _FEW_ROWS * input.shape[-1]
 

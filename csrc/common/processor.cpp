@@ -72,9 +72,9 @@ bool torch_has_tiles() {
 #endif
 }
 
-bool torch_product_is_native() {
+bool torch_product_outruns_tiles() {
 #if defined(__x86_64__)
-  static const bool value = (__builtin_cpu_init(), __builtin_cpu_is("intel") || !__builtin_cpu_supports("avx512f"));
+  static const bool value = (__builtin_cpu_init(), __builtin_cpu_is("intel") && __builtin_cpu_supports("avx512f"));
   return value;
 #else
   return true;

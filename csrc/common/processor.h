@@ -25,8 +25,8 @@ HalfTiles half_tiles<Float16>();
 /// Whether torch's brgemm is oneDNN's now: else it is torch's matrix product, which takes threads of its own.
 bool torch_has_tiles();
 
-/// Whether torch's matrix product of float32 and float64 uses all that there is: MKL does so on Intel's processors, and
-/// elsewhere half of AVX-512.
-bool torch_product_is_native();
+/// Whether torch's matrix product of float32 and float64 is faster than tiles: MKL uses all of AVX-512 on Intel's
+/// processors, elsewhere half, and no more than tiles do without it; other libraries than oneDNN have no tiles.
+bool torch_product_outruns_tiles();
 
 }  // namespace neuromod

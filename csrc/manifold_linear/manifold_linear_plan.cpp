@@ -20,8 +20,9 @@ namespace neuromod {
 namespace {
 
 // Seconds per element on one core, from benchmarks/speed/plan_costs.py and from which plan was the fastest of problems
-// of many shapes. Only ratios matter, and these differ between two kinds of processors: measured on a Xeon with AMX,
-// for which MKL is made, and on an EPYC (Zen 5) with AVX-512 alone.
+// of many shapes. Only ratios matter, and these differ between three kinds of processors: measured on a Xeon with AMX,
+// for which MKL is made; on an EPYC (Zen 5) with AVX-512 alone; and there, for processors without AVX-512, with all
+// libraries kept from it.
 struct Costs {
   double product;  // one multiply-add in plan expand, mixed
   double fold;     // the same in plan fold, whose products are stored as they come
@@ -61,33 +62,47 @@ constexpr Costs widened{1.4e-11, 1.2e-11, 9.7e-11, 1e-10,  1.1e-10, 3e-11,  4.2e
                         8e-11,   3.2e-11, 6.3e-11, 9.4e-6, 1e-6,    5.3e-10};
 }  // namespace epyc
 
-Costs measured_costs(DType dtype) {
-  const bool native = torch_product_is_native();
-  switch (dtype) {
-    case DType::float64:
-      return native ? xeon::float64 : epyc::float64;
-    case DType::float32:
-      return native ? xeon::float32 : epyc::float32;
-    case DType::bfloat16:
-      if (half_tiles<BFloat16>() == HalfTiles::matrix_unit) return xeon::bfloat16;
-      return half_tiles<BFloat16>() == HalfTiles::pairs ? epyc::pairs : epyc::widened;
-    case DType::float16:
-      break;
-  }
-  return native ? xeon::float16 : epyc::widened;
+namespace avx2 {
+constexpr Costs float64{3.5e-11, 4.0e-11, 4.3e-11, 1.2e-10, 2.4e-10, 4e-10, 3.4e-11,
+                        6.5e-11, 2e-10,   2.3e-10, 2.3e-6,  2.6e-6,  6e-10};
+constexpr Costs float32{1.7e-11, 1.5e-11, 2.4e-11, 5e-11, 1.1e-10, 1.2e-10, 1.75e-11,
+                        3.1e-11, 5e-11,   1.3e-10, 1e-6,  2.6e-6,  3.7e-10};
+constexpr Costs widened{2.6e-11, 2.1e-11, 9.3e-11, 9e-11, 1.4e-10, 3.3e-10, 2.3e-11,
+                        3e-11,   3e-11,   8e-11,   1e-5,  1e-6,    4.5e-10};
+}  // namespace avx2
+
+/// The kind of processor that this one is most like.
+enum class Kind { xeon, epyc, avx2 };
+Kind kind() {
+  if (std::string(vector_set().isa) != "avx512") return Kind::avx2;
+  return torch_product_outruns_tiles() ? Kind::xeon : Kind::epyc;
 }
 
 Costs costs(DType dtype) {
-  Costs cost = measured_costs(dtype);
-  if (std::string(vector_set().isa) != "avx512") cost.dots *= 1.4;  // fewer registers: fewer rows at a time
-  return cost;
+  const auto of_kind = [](const Costs& on_xeon, const Costs& on_epyc, const Costs& on_avx2) {
+    return kind() == Kind::xeon ? on_xeon : kind() == Kind::epyc ? on_epyc : on_avx2;
+  };
+  switch (dtype) {
+    case DType::float64:
+      return of_kind(xeon::float64, epyc::float64, avx2::float64);
+    case DType::float32:
+      return of_kind(xeon::float32, epyc::float32, avx2::float32);
+    case DType::bfloat16:
+      if (half_tiles<BFloat16>() == HalfTiles::matrix_unit) return xeon::bfloat16;
+      if (half_tiles<BFloat16>() == HalfTiles::pairs) return epyc::pairs;
+      return of_kind(epyc::widened, epyc::widened, avx2::widened);
+    case DType::float16:
+      break;
+  }
+  return of_kind(xeon::float16, epyc::widened, avx2::widened);
 }
 
-constexpr double kAlign = 16;            // rows of a segment are padded to this
+constexpr double kAlign = 16;            // forward, few rows of a product take as long as so many
+constexpr double kBackwardAlign = 8;     // backward, likewise
 constexpr double kDotEnd = 64;           // multiply-adds in the time that it takes to end a dot product
 constexpr double kDotLength = 512;       // of long ones, which are taken in pieces
 constexpr int64_t kMostStreamRows = 16;  // partial sums of plan stream grow with the rows, backward
-constexpr double kLeastGemmRows = 8;     // two take MKL as long, where it is not native; one is another routine
+constexpr double kLeastGemmRows = 8;     // two take MKL as long, but on a Xeon; one is another routine
 constexpr int64_t kMostPairRows = 256;   // beyond which torch's product of bfloat16 pairs is slower than tiles
 constexpr Plan kPlans[] = {Plan::expand, Plan::fold, Plan::stream, Plan::fold_gemm, Plan::expand_gemm};
 
@@ -120,10 +135,8 @@ bool possible(const ManifoldLinearParams& p, Pass pass, Plan plan) {
   }
 }
 
-double padded(double rows) { return std::ceil(rows / kAlign) * kAlign; }
-
 double multiplied_by_gemm(double rows) {
-  return rows <= 1 || torch_product_is_native() ? rows : std::max(rows, kLeastGemmRows);
+  return rows <= 1 || kind() == Kind::xeon ? rows : std::max(rows, kLeastGemmRows);
 }
 
 double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
@@ -139,7 +152,8 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
   switch (plan) {
     case Plan::expand: {
       const double segments = p.index ? std::clamp(samples, 1.0, double(p.num_basis)) : 1;
-      const double each = rows / segments, multiplied = segments * (p.index ? each + kAlign / 2 : padded(each)) * terms;
+      const double each = rows / segments, align = backward ? kBackwardAlign : kAlign;
+      const double multiplied = segments * (p.index ? each + kAlign / 2 : std::ceil(each / align) * align) * terms;
       element += products * multiplied * cost.product + (backward ? points * cost.pack : 0);
       if (update) element += points * cost.read;  // once more, tile by tile
       once = cost.start / (backward ? 4 : 1) + segment_calls;
