@@ -14,11 +14,11 @@ import torch
 import tyro
 from rich.console import Console
 
-from benchmarks.papers.report import Failure, environment, progress
+from benchmarks.papers.report import Failure, progress
 from benchmarks.speed import figure, report
 from benchmarks.speed.harness import card, in_file_name
 from benchmarks.speed.measure import Options
-from benchmarks.speed.results import Json, Results, read
+from benchmarks.speed.results import Json, Results, processor, read
 from benchmarks.speed.runner import BENCHES, DTYPES, Plan, run
 
 RESULTS = Path("benchmarks/results")
@@ -59,7 +59,7 @@ class Speed:
         """Measure all cases, print the table, write the JSON and the figure; the exit status."""
         plan = self._plan()
         groups = plan.groups()
-        machine = card() if self.device == "cuda" else in_file_name(environment()["cpu"])
+        machine = card() if self.device == "cuda" else in_file_name(processor())
         kind = f"quick-{self.device}" if self.quick else f"{self.device}-{machine}"
         options = asdict(plan.options) | {"quick": self.quick}
         folder = _folder(self.output or (Path("figures") if self.quick else RESULTS))

@@ -103,7 +103,7 @@ def machine(device: torch.device) -> Json:
         features = _C.cpu_features()
     return {
         **here,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else here["cpu"],
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -112,6 +112,12 @@ def machine(device: torch.device) -> Json:
         "dirty": None if here["commit"] is None else here["commit"].endswith("-dirty"),
         "code": _digest(),
     }
+
+
+def processor() -> str:
+    """The processor, and the instruction set to which ``NEUROMOD_ISA`` keeps it."""
+    cpu, kept = str(environment()["cpu"]), os.environ.get("NEUROMOD_ISA")
+    return f"{cpu}, kept to {kept}" if kept else cpu
 
 
 def _digest() -> str:
