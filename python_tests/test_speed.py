@@ -140,7 +140,7 @@ def test_columns_keep_their_order(record: dict[str, Any]) -> None:
 def test_readme_holds_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text()
     between = text.partition(report.BEGIN)[2].partition(report.END)[0]
-    committed = sorted((ROOT / "benchmarks" / "results").glob("speed-cpu-*.json"))
+    committed = __main__.committed()
     assert committed and report.END in text
     assert between.strip() == report.markdown([results.read(path) for path in committed])
 

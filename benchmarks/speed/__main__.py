@@ -119,13 +119,18 @@ class Report:
 
     def run(self, console: Console) -> int:
         """Print the tables, write the figures and the README's table; the exit status."""
-        paths = self.results or tuple(sorted(RESULTS.glob("speed-cpu-*.json")))
+        paths = self.results or committed()
         if not paths:
             raise Failure(f"report: expected JSON of runs, got no speed-cpu-*.json in {RESULTS}")
         records = [read(path) for path in paths]
         if self.readme is not None:
             report.write_readme(records, self.readme)
         return max(_show(*each, console) for each in zip(records, paths, strict=True))
+
+
+def committed() -> tuple[Path, ...]:
+    """The JSON of the CPUs, in the order of their names."""
+    return tuple(sorted(RESULTS.glob("speed-cpu-*.json"), key=lambda path: path.stem))
 
 
 def _show(record: Json, path: Path, console: Console) -> int:
