@@ -16,7 +16,8 @@ namespace neuromod {
 namespace {
 
 constexpr int64_t kEnoughParts = 16;                // tiles and ranges of samples, for any number of threads
-constexpr int64_t kBlockIns = 512;                  // most columns of a block, which has one tile of rows
+constexpr int64_t kBlockIns = 512;                  // most columns of a block, which has one tile of rows,
+constexpr int64_t kSampleIns = 128;                 // and of one of a single sample
 constexpr int64_t kSums = int64_t(1) << 18;         // most sums of a block
 constexpr int64_t kChunkBytes = 1024;               // of a feature's tokens in one product, which so stay in cache
 constexpr int64_t kPackedBytes = int64_t(8) << 20;  // of packed tokens, or three times as many as dP has, if more,
@@ -30,7 +31,7 @@ class FoldOuter {
  public:
   explicit FoldOuter(const ManifoldLinearBackwardParams& q) : p_(q.p), q_(q) {
     // The first level of cache holds the sums where each token of a sample has little work, else the second.
-    if (p_.tokens <= kTile) block_ins_ = kTile;
+    block_ins_ = p_.tokens <= kTile ? kTile : p_.batch == 1 ? kSampleIns : kBlockIns;
     while (block_ins_ > kTile &&
            (p_.num_basis * kTile * block_ins_ > kSums || blocks() * parts_ < 4 * int64_t(at::get_num_threads())))
       block_ins_ /= 2;
@@ -39,6 +40,7 @@ class FoldOuter {
     const int64_t most = std::max<int64_t>(1, fitting / std::max<int64_t>(1, chunks(p_.tokens)));
     group_samples_ = ceil_div(p_.batch, std::max<int64_t>(1, ceil_div(p_.batch, most)));
     group_tokens_ = std::min(p_.tokens, fitting * kChunk);
+    direct_ = q_.grad_basis && p_.batch == 1 && group_tokens_ == p_.tokens && !p_.index && !q_.accumulate;
   }
 
   void run() const {
@@ -140,14 +142,14 @@ class FoldOuter {
   void add_block(const Group& group, int64_t first, int64_t last, Block block, A* sums, A* bias, A* coeff) const {
     const int64_t K = p_.num_basis, O = p_.out_features, I = p_.in_features;
     const int64_t area = ceil_div(block.ins, kTile) * kArea;
-    const Scratch<A> totals(q_.grad_basis ? K * area : 0), products(area);
+    const Scratch<A> totals(q_.grad_basis && !direct_ ? K * area : 0), products(area);
     if (totals.data()) std::fill_n(totals.data(), K * area, A(0));
     for (int64_t b = first; b < last; ++b) {
       for (int64_t t = group.begin; t < group.end && with_products(); t += kChunk)
         multiply(group, b, t, block, products.data(), totals.data(), area, coeff);
       if (q_.grad_bias && block.first_in == 0) add_bias(group, b, block, bias);
     }
-    for (int64_t k = 0; k < K && q_.grad_basis; ++k)
+    for (int64_t k = 0; k < K && totals.data(); ++k)
       for (int64_t o = 0; o < block.outs; ++o)
         for (int64_t i = 0; i < block.ins; i += kTile) {
           const A* const from = &totals[k * area + i / kTile * kArea + o * kTile];
@@ -173,7 +175,7 @@ class FoldOuter {
       if (last) add_product(b, block.first_out, block.outs, in, cols, product, totals, area, coeff);
       // A product that more chunks are added to keeps its place, else the next takes it, in the first level of cache.
       if (group.end - group.begin > kChunk) product += kArea;
-      totals += kArea;
+      if (totals) totals += kArea;
     }
   }
 
@@ -183,7 +185,13 @@ class FoldOuter {
     const int64_t tile = in / kTile * out_tiles_ + out / kTile, L = p_.num_local;
     for (int64_t l = 0; l < L; ++l) {
       const int64_t k = p_.basis_point(b, l);
-      if (q_.grad_basis) vectors<A>().add_scaled(outs * kTile, *p_.coeff.at<A>(b, l), product, totals + k * area);
+      if (totals) vectors<A>().add_scaled(outs * kTile, *p_.coeff.at<A>(b, l), product, totals + k * area);
+      if (direct_) {
+        A c[kTile];
+        std::fill_n(c, kTile, *p_.coeff.at<A>(b, l));
+        for (int64_t o = 0; o < outs; ++o)
+          vectors<T>().scale(cols, c, product + o * kTile, q_.grad_basis.at<T>(k, out + o, in));
+      }
       if (q_.grad_coeff)
         coeff[(tile * L + l) * p_.batch + b] +=
             vectors<T>().dot_tile(outs, cols, kTile, product, p_.basis.at<T>(k, out, in), p_.basis.stride[1]);
@@ -224,8 +232,9 @@ class FoldOuter {
   // Ranges of samples that are added up apart, where tiles are few.
   const int64_t parts_ =
       std::max<int64_t>(1, std::min(ceil_div(kEnoughParts, std::max<int64_t>(1, tiles_)), p_.batch / 4));
-  int64_t block_ins_ = kBlockIns;
+  int64_t block_ins_;
   int64_t group_samples_, group_tokens_;
+  bool direct_;  // there is but one product of each tile, which goes into dP as it is
 };
 
 }  // namespace
