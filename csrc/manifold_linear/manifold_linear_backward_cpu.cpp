@@ -22,7 +22,7 @@ class ExpandBackward {
   static constexpr int64_t kDepth = 256;  // rows of x packed at a time
   static constexpr int64_t kPackedBytes = int64_t(8) << 20;
   static constexpr int64_t kStretch = 1024;
-  static constexpr int64_t kCached = int64_t(1) << 20;  // elements of dP
+  static constexpr int64_t kCached = int64_t(1) << 18;  // elements of dP
   static constexpr int64_t kFewRows = 256;
 
  public:
