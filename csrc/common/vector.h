@@ -27,7 +27,7 @@ class VectorOps {
   /// to[i] = A(from[i]) and to[i] = T(from[i])
   virtual void widen(int64_t n, const T* from, A* to) const = 0;
   virtual void narrow(int64_t n, const A* from, T* to) const = 0;
-  /// to[i] = T(sum_j c[j] rows[j][i]), j in order
+  /// to[i] = T(sum_j c[j] rows[j][i]), j in order; `to` may be one of the rows
   virtual void mix(int64_t n, int64_t terms, const A* c, const T* const* rows, T* to) const = 0;
   /// The same, written past the caches.
   virtual void mix_streamed(int64_t n, int64_t terms, const A* c, const T* const* rows, T* to) const = 0;

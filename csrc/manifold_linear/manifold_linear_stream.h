@@ -87,20 +87,20 @@ void manifold_linear_stream_backward(const ManifoldLinearBackwardParams& q) {
   std::fill_n(dx.data(), q.grad_input ? blocks * R * I : 0, A(0));
   std::fill_n(dc.data(), blocks * R * L, A(0));
   parallel(blocks, 1e-10 * double(height * K * I), [&](int64_t block) {
-    const Scratch<A> sum(I), bias(K), c(R);
-    const Scratch<const T*> rows(R);
+    const Scratch<A> c(R + 1);
+    const Scratch<const T*> rows(R + 1);
     A g;
-    for (int64_t o = block * height; o < std::min((block + 1) * height, p.out_features); ++o) {
-      std::fill_n(bias.data(), K, A(0));
-      for (int64_t k = 0; k < K; ++k) {
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t o = block * height; o < std::min((block + 1) * height, p.out_features); ++o) {
         const T* const basis = p.basis.at<T>(k, o);
         int64_t terms = 0;
+        A bias = 0;
         for (int64_t r = 0; r < R; ++r) {
           const int64_t b = r / p.tokens, l = p.entry(b, k);
           if (l >= L) continue;
           vectors<T>().widen(1, p.output.at<T>(r, o), &g);
           const A scaled = g * *p.coeff.at<A>(b, l);
-          bias[k] += scaled;
+          bias += scaled;
           if (q.grad_coeff) {
             A value = vectors<T>().dot(I, basis, p.input.at<T>(r));
             if (p.bias) vectors<T>().add_scaled(1, A(1), p.bias.at<T>(k, o), &value);
@@ -110,12 +110,12 @@ void manifold_linear_stream_backward(const ManifoldLinearBackwardParams& q) {
           c[terms] = scaled, rows[terms++] = p.input.at<T>(r);
         }
         if (q.grad_basis && q.accumulate) {
-          vectors<T>().mix_wide(I, terms, c.data(), rows.data(), sum.data());
-          vectors<T>().add(I, sum.data(), q.grad_basis.at<T>(k, o));
+          c[terms] = 1, rows[terms++] = q.grad_basis.at<T>(k, o);
+          vectors<T>().mix(I, terms, c.data(), rows.data(), q.grad_basis.at<T>(k, o));
         } else if (q.grad_basis) {
           mix_large(K * p.out_features * I, I, terms, c.data(), rows.data(), q.grad_basis.at<T>(k, o));
         }
-        if (q.grad_bias) vectors<T>().narrow(1, &bias[k], q.grad_bias.at<T>(k, o));
+        if (q.grad_bias) vectors<T>().narrow(1, &bias, q.grad_bias.at<T>(k, o));
       }
     }
   });
