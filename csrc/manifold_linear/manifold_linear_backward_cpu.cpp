@@ -1,7 +1,7 @@
 // manifold_linear on the CPU, backward, plan expand. Two passes, each over output tiles of its own:
 //
 // rows pass: Z_k = g P_k yields both dx = sum_l c_l Z_k and dc_l = <Z_k, x>.
-// outer pass: dP_k = (c_l g)^T x, c applied once g is transposed.
+// outer pass: dP_k = (c_l g)^T x, c applied once g is transposed; of few rows, mixed as in plan stream.
 // Sums over samples, tiles and basis points are taken in fixed order: partial sums of dc by tile, then by token.
 #include <array>
 
@@ -41,13 +41,16 @@ class ExpandBackward {
       RowsPass<T>(p_, rows_, {p_.output, p_.out_features, q_.grad_input, p_.in_features, {}, factors, false}, partial_)
           .run();
     }
-    if (q_.grad_basis || q_.grad_bias) outer_pass();
+    if (q_.grad_basis || q_.grad_bias) p_.rows() <= mixed_rows() ? manifold_linear_stream_outer<T>(q_) : outer_pass();
     if (q_.grad_coeff) finish_coeff();
   }
 
  private:
   /// Partial sums of dc by tile of inputs, one for each position.
   A* partial(int64_t in_tile, int64_t l) const { return partial_ + (in_tile * p_.num_local + l) * rows_.positions(); }
+
+  /// Most rows of which dP is mixed, as plan stream does it: long ones.
+  int64_t mixed_rows() const { return std::min<int64_t>(p_.in_features / 64, 8); }
 
   // The outer pass.
 

@@ -97,13 +97,13 @@ Costs costs(DType dtype) {
   return of_kind(xeon::float16, epyc::widened, avx2::widened);
 }
 
-constexpr double kAlign = 16;            // forward, few rows of a product take as long as so many
-constexpr double kBackwardAlign = 8;     // backward, likewise
-constexpr double kDotEnd = 64;           // multiply-adds in the time that it takes to end a dot product
-constexpr double kDotLength = 512;       // of long ones, which are taken in pieces
-constexpr int64_t kMostStreamRows = 16;  // partial sums of plan stream grow with the rows, backward
-constexpr double kLeastGemmRows = 8;     // two take MKL as long, but on a Xeon; one is another routine
-constexpr int64_t kMostPairRows = 256;   // beyond which torch's product of bfloat16 pairs is slower than tiles
+constexpr double kAlign = 16;           // forward, few rows of a product take as long as so many
+constexpr double kBackwardAlign = 8;    // backward, likewise
+constexpr double kDotEnd = 64;          // multiply-adds in the time that it takes to end a dot product
+constexpr double kDotLength = 512;      // of long ones, which are taken in pieces
+constexpr int64_t kMostStreamRows = 8;  // backward, beyond which plan stream only repeats what it reads
+constexpr double kLeastGemmRows = 8;    // two take MKL as long, but on a Xeon; one is another routine
+constexpr int64_t kMostPairRows = 256;  // beyond which torch's product of bfloat16 pairs is slower than tiles
 constexpr Plan kPlans[] = {Plan::expand, Plan::fold, Plan::stream, Plan::fold_gemm, Plan::expand_gemm};
 
 /// Whether torch's matrix product keeps the kernels' promise: full products, where torch's user has allowed it less in
@@ -165,8 +165,8 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       element += samples * terms * (cost.blend + (backward ? cost.spread : 0));
       break;
     case Plan::stream:
-      // Backward, three walks, two of which write; an update takes one.
-      element += rows * terms * (backward ? (update ? 1 : 6) * cost.stream : cost.dots * (1 + kDotEnd / length));
+      // Backward, three walks, two of which write; an update only mixes rows.
+      element += rows * terms * (!backward ? cost.dots * (1 + kDotEnd / length) : (update ? 0.4 : 6) * cost.stream);
       break;
     case Plan::fold_gemm:
       element += rows * (update ? cost.fold : cost.gemm + (backward ? cost.fold : 0));

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "common/prefetch.h"
 #include "common/scratch.h"
 #include "common/vector.h"
 #include "manifold_linear/manifold_linear.h"
@@ -74,10 +75,54 @@ void manifold_linear_stream_forward(const ManifoldLinearParams& p) {
   });
 }
 
-/// One walk over the rows of P and dP serves all gradients. Blocks of outputs, as many for any number of threads, have
-/// partial sums of dx and dc of their own.
+/// dP and dbeta: a row of dP_k is a mix of rows of x, c g of each; in an update also of what stands there.
 template <class T>
-void manifold_linear_stream_backward(const ManifoldLinearBackwardParams& q) {
+void manifold_linear_stream_outer(const ManifoldLinearBackwardParams& q) {
+  using A = acc_t<T>;
+  constexpr int64_t height = 32;  // rows of dP at a time
+  const ManifoldLinearParams& p = q.p;
+  const int64_t I = p.in_features, R = p.rows(), O = p.out_features, size = p.num_basis * O * I;
+  // Of so many columns x stays in cache meanwhile, and few enough lines of dP are fetched at a time.
+  const int64_t wide =
+      std::clamp<int64_t>(16384 / int64_t(sizeof(T)) / std::max<int64_t>(1, R), 512, 4096 / int64_t(sizeof(T)));
+  const int64_t blocks = ceil_div(O, height);
+  const StreamRows rows(p);
+  parallel(p.num_basis * blocks, 1e-10 * double(height * I) * double(1 + R), [&](int64_t job) {
+    const int64_t k = job / blocks, first = job % blocks * height, outs = std::min(height, O - first);
+    const int64_t count = rows.count(k), *const row = rows.of(k), terms = count + q.accumulate;
+    const Scratch<A> scaled(height * terms);
+    const Scratch<const T*> x(terms);
+    A g[height], bias[height] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t b = row[i] / p.tokens;
+      const A c = *p.coeff.at<A>(b, p.entry(b, k));
+      vectors<T>().widen(outs, p.output.at<T>(row[i], first), g);
+      for (int64_t o = 0; o < outs; ++o) bias[o] += scaled[o * terms + i] = c * g[o];
+    }
+    for (int64_t o = 0; o < outs && q.accumulate; ++o) scaled[o * terms + count] = 1;
+    if (q.grad_bias) vectors<T>().narrow(outs, bias, q.grad_bias.at<T>(k, first));
+    if (!q.grad_basis || (count == 0 && q.accumulate)) return;
+    for (int64_t d = 0; d < I; d += wide) {
+      for (int64_t i = 0; i < count; ++i) x[i] = p.input.at<T>(row[i], d);
+      for (int64_t o = 0; o < outs; ++o) {
+        T* const to = q.grad_basis.at<T>(k, first + o, d);
+        const int64_t cols = std::min(wide, I - d);
+        if (!q.accumulate) {
+          mix_large(size, cols, terms, &scaled[o * terms], x.data(), to);
+          continue;
+        }
+        if (o + 2 < outs) prefetch(q.grad_basis.at<T>(k, first + o + 2, d), cols);
+        x[count] = to;
+        vectors<T>().mix(cols, terms, &scaled[o * terms], x.data(), to);
+      }
+    }
+  });
+}
+
+/// dx and dc: each row of P meets all rows of x. Blocks of outputs, as many for any number of threads, have partial
+/// sums of dx and dc of their own.
+template <class T>
+void manifold_linear_stream_rows(const ManifoldLinearBackwardParams& q) {
   using A = acc_t<T>;
   const ManifoldLinearParams& p = q.p;
   const int64_t I = p.in_features, R = p.rows(), L = p.num_local, K = p.num_basis;
@@ -87,35 +132,22 @@ void manifold_linear_stream_backward(const ManifoldLinearBackwardParams& q) {
   std::fill_n(dx.data(), q.grad_input ? blocks * R * I : 0, A(0));
   std::fill_n(dc.data(), blocks * R * L, A(0));
   parallel(blocks, 1e-10 * double(height * K * I), [&](int64_t block) {
-    const Scratch<A> c(R + 1);
-    const Scratch<const T*> rows(R + 1);
     A g;
     for (int64_t k = 0; k < K; ++k) {
       for (int64_t o = block * height; o < std::min((block + 1) * height, p.out_features); ++o) {
         const T* const basis = p.basis.at<T>(k, o);
-        int64_t terms = 0;
-        A bias = 0;
         for (int64_t r = 0; r < R; ++r) {
           const int64_t b = r / p.tokens, l = p.entry(b, k);
           if (l >= L) continue;
           vectors<T>().widen(1, p.output.at<T>(r, o), &g);
           const A scaled = g * *p.coeff.at<A>(b, l);
-          bias += scaled;
           if (q.grad_coeff) {
             A value = vectors<T>().dot(I, basis, p.input.at<T>(r));
             if (p.bias) vectors<T>().add_scaled(1, A(1), p.bias.at<T>(k, o), &value);
             dc[(block * R + r) * L + l] += g * value;
           }
           if (q.grad_input) vectors<T>().add_scaled(I, scaled, basis, &dx[(block * R + r) * I]);
-          c[terms] = scaled, rows[terms++] = p.input.at<T>(r);
         }
-        if (q.grad_basis && q.accumulate) {
-          c[terms] = 1, rows[terms++] = q.grad_basis.at<T>(k, o);
-          vectors<T>().mix(I, terms, c.data(), rows.data(), q.grad_basis.at<T>(k, o));
-        } else if (q.grad_basis) {
-          mix_large(K * p.out_features * I, I, terms, c.data(), rows.data(), q.grad_basis.at<T>(k, o));
-        }
-        if (q.grad_bias) vectors<T>().narrow(1, &bias, q.grad_bias.at<T>(k, o));
       }
     }
   });
@@ -132,6 +164,12 @@ void manifold_linear_stream_backward(const ManifoldLinearBackwardParams& q) {
       *q.grad_coeff.at<A>(b, l) = sum;
     }
   }
+}
+
+template <class T>
+void manifold_linear_stream_backward(const ManifoldLinearBackwardParams& q) {
+  if (q.grad_input || q.grad_coeff) manifold_linear_stream_rows<T>(q);
+  if (q.grad_basis || q.grad_bias) manifold_linear_stream_outer<T>(q);
 }
 
 }  // namespace neuromod
