@@ -81,7 +81,7 @@ void manifold_linear_stream_outer(const ManifoldLinearBackwardParams& q) {
   using A = acc_t<T>;
   constexpr int64_t height = 32;  // rows of dP at a time
   const ManifoldLinearParams& p = q.p;
-  const int64_t I = p.in_features, R = p.rows(), O = p.out_features, size = p.num_basis * O * I;
+  const int64_t I = p.in_features, R = p.rows(), O = p.out_features;
   // Of so many columns x stays in cache meanwhile, and few enough lines of dP are fetched at a time.
   const int64_t wide =
       std::clamp<int64_t>(16384 / int64_t(sizeof(T)) / std::max<int64_t>(1, R), 512, 4096 / int64_t(sizeof(T)));
@@ -91,7 +91,7 @@ void manifold_linear_stream_outer(const ManifoldLinearBackwardParams& q) {
     const int64_t k = job / blocks, first = job % blocks * height, outs = std::min(height, O - first);
     const int64_t count = rows.count(k), *const row = rows.of(k), terms = count + q.accumulate;
     const Scratch<A> scaled(height * terms);
-    const Scratch<const T*> x(terms);
+    const Scratch<const T*> x(count + 1);
     A g[height], bias[height] = {};
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = row[i] / p.tokens;
@@ -107,11 +107,7 @@ void manifold_linear_stream_outer(const ManifoldLinearBackwardParams& q) {
       for (int64_t o = 0; o < outs; ++o) {
         T* const to = q.grad_basis.at<T>(k, first + o, d);
         const int64_t cols = std::min(wide, I - d);
-        if (!q.accumulate) {
-          mix_large(size, cols, terms, &scaled[o * terms], x.data(), to);
-          continue;
-        }
-        if (o + 2 < outs) prefetch(q.grad_basis.at<T>(k, first + o + 2, d), cols);
+        if (q.accumulate && o + 2 < outs) prefetch(q.grad_basis.at<T>(k, first + o + 2, d), cols);
         x[count] = to;
         vectors<T>().mix(cols, terms, &scaled[o * terms], x.data(), to);
       }
