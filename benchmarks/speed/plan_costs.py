@@ -73,6 +73,8 @@ def row(dtype: torch.dtype) -> dict[str, float]:
     cost["start"] = 32**2 * (per("expand", 8, 1, 32) - per("expand_gemm", 8, 1, 32))
     gradient = per("fold", 4, 1, 1024, op="_backward") - 4 * (K * cost["spread"] + cost["fold"])
     cost["once"] = gradient / K - cost["read"]
+    for op, key in (("", "turned"), ("_grad_input", "packed")):
+        cost[key] = per("expand_gemm", 64, 1, op=op) / K - 64 * cost["gemm"]
     return cost
 
 

@@ -37,38 +37,39 @@ struct Costs {
   double call;     // of torch's matrix product
   double start;    // of plan expand, beside that
   double once;     // one element of P, packed for plan fold, or of dP, written by it
+  double turned;   // one element of P, transposed as torch's matrix product packs it
+  double packed;   // the same, packed as it lies
 };
 
 namespace xeon {
-// `dots` by its ratio to `stream` on the other; float16's `product` and `fold` by theirs to float32's.
-constexpr Costs float64{4.6e-11, 5.5e-11, 4.0e-11, 3.4e-10, 7e-10, 1.2e-9, 4.6e-11,
-                        1.2e-10, 2e-10,   8e-10,   7e-6,    2e-5,  2e-9};
-constexpr Costs float32{1.7e-11, 1.75e-11, 1.65e-11, 0.9e-10, 1.7e-10, 4.9e-10, 1.8e-11,
-                        6.5e-11, 1e-10,    4e-10,    4e-6,    2e-5,    1e-9};
-constexpr Costs bfloat16{4.0e-12, 4.1e-12, 3.1e-12, 1.1e-10, 1.6e-10, 1.8e-10, 5.1e-11,
-                         6e-11,   5e-10,   2e-10,   3.5e-5,  0,       7e-10};
-constexpr Costs float16{2.1e-11, 2.1e-11, 2.0e-11, 4.1e-10, 4.8e-10, 2.5e-10, 1.5e-10,
-                        2.8e-10, 1e-10,   2e-10,   4e-5,    0,       1.2e-9};
+constexpr Costs float64{4.2e-11, 3.1e-11, 3.1e-11, 1.2e-10, 3.5e-10, 6.7e-10, 3e-11, 1.4e-10,
+                        1.8e-11, 9.5e-11, 4.7e-6,  2.4e-6,  1.3e-9,  4.3e-10, 1e-10};
+constexpr Costs float32{1.6e-11, 1.2e-11, 1.4e-11, 2.8e-11, 1.5e-10, 1.2e-10, 1.5e-11, 5e-11,
+                        6.4e-11, 8.3e-11, 3.6e-6,  0,       4.7e-10, 3.7e-10, 4.5e-11};
+constexpr Costs bfloat16{4.2e-12, 3.1e-12, 3e-12,  7.8e-11, 1.1e-10, 2.5e-10, 2.1e-11, 5.3e-11,
+                         3.8e-10, 3.5e-11, 1.4e-5, 9.1e-6,  7.9e-10, 3.8e-10, 3.8e-10};
+constexpr Costs float16{1.7e-11, 1.4e-11, 1.2e-11, 3.7e-11, 3.1e-10, 1.8e-10, 2.8e-11, 2.3e-11,
+                        9e-13,   5.1e-11, 1.2e-5,  7.7e-6,  3.7e-10, 9e-13,   9e-13};
 }  // namespace xeon
 
 namespace epyc {
-constexpr Costs float64{2.5e-11, 2.8e-11, 4.3e-11, 1.4e-10, 3.5e-10, 8e-10, 2.4e-11,
-                        6.2e-11, 1.4e-10, 2e-10,   2e-6,    3e-6,    9e-10};
-constexpr Costs float32{1.1e-11, 7.8e-12, 3.5e-11, 4.2e-11, 5.2e-11, 9.1e-11, 1.15e-11,
-                        4.2e-11, 8e-11,   7.1e-11, 1.5e-6,  1e-6,    4.3e-10};
-constexpr Costs pairs{5.8e-12, 4.6e-12, 7.5e-12, 3.2e-11, 9e-11, 8e-11,  1.9e-11,
-                      2.2e-11, 8.5e-11, 5.7e-11, 1.5e-5,  1e-6,  3.1e-10};
-constexpr Costs widened{1.4e-11, 1.2e-11, 9.7e-11, 1e-10,  1.1e-10, 3e-11,  4.2e-11,
-                        8e-11,   3.2e-11, 6.3e-11, 9.4e-6, 1e-6,    5.3e-10};
+constexpr Costs float64{2.5e-11, 2.8e-11, 4.3e-11, 1.4e-10, 3.5e-10, 8e-10,   2.4e-11, 6.2e-11,
+                        1.4e-10, 2e-10,   2e-6,    3e-6,    9e-10,   1.4e-10, 1.4e-10};
+constexpr Costs float32{1.1e-11, 7.8e-12, 3.5e-11, 4.2e-11, 5.2e-11, 9.1e-11, 1.15e-11, 4.2e-11,
+                        8e-11,   7.1e-11, 1.5e-6,  1e-6,    4.3e-10, 8e-11,   8e-11};
+constexpr Costs pairs{5.8e-12, 4.6e-12, 7.5e-12, 3.2e-11, 9e-11,   8e-11,   1.9e-11, 2.2e-11,
+                      8.5e-11, 5.7e-11, 1.5e-5,  1e-6,    3.1e-10, 8.5e-11, 8.5e-11};
+constexpr Costs widened{1.4e-11, 1.2e-11, 9.7e-11, 1e-10, 1.1e-10, 3e-11,   4.2e-11, 8e-11,
+                        3.2e-11, 6.3e-11, 9.4e-6,  1e-6,  5.3e-10, 3.2e-11, 3.2e-11};
 }  // namespace epyc
 
 namespace avx2 {
-constexpr Costs float64{3.5e-11, 4.0e-11, 4.3e-11, 1.2e-10, 2.4e-10, 4e-10, 3.4e-11,
-                        6.5e-11, 2e-10,   2.3e-10, 2.3e-6,  2.6e-6,  6e-10};
-constexpr Costs float32{1.7e-11, 1.5e-11, 2.4e-11, 5e-11, 1.1e-10, 1.2e-10, 1.75e-11,
-                        3.1e-11, 5e-11,   1.3e-10, 1e-6,  2.6e-6,  3.7e-10};
-constexpr Costs widened{2.6e-11, 2.1e-11, 9.3e-11, 9e-11, 1.4e-10, 3.3e-10, 2.3e-11,
-                        3e-11,   3e-11,   8e-11,   1e-5,  1e-6,    4.5e-10};
+constexpr Costs float64{3.5e-11, 4.0e-11, 4.3e-11, 1.2e-10, 2.4e-10, 4e-10, 3.4e-11, 6.5e-11,
+                        2e-10,   2.3e-10, 2.3e-6,  2.6e-6,  6e-10,   2e-10, 2e-10};
+constexpr Costs float32{1.7e-11, 1.5e-11, 2.4e-11, 5e-11,  1.1e-10, 1.2e-10, 1.75e-11, 3.1e-11,
+                        5e-11,   1.3e-10, 1e-6,    2.6e-6, 3.7e-10, 5e-11,   5e-11};
+constexpr Costs widened{2.6e-11, 2.1e-11, 9.3e-11, 9e-11, 1.4e-10, 3.3e-10, 2.3e-11, 3e-11,
+                        3e-11,   8e-11,   1e-5,    1e-6,  4.5e-10, 3e-11,   3e-11};
 }  // namespace avx2
 
 /// The kind of processor that this one is most like.
@@ -97,13 +98,16 @@ Costs costs(DType dtype) {
   return of_kind(xeon::float16, epyc::widened, avx2::widened);
 }
 
-constexpr double kAlign = 16;           // forward, few rows of a product take as long as so many
-constexpr double kBackwardAlign = 8;    // backward, likewise
-constexpr double kDotEnd = 64;          // multiply-adds in the time that it takes to end a dot product
-constexpr double kDotLength = 512;      // of long ones, which are taken in pieces
-constexpr int64_t kMostStreamRows = 8;  // backward, beyond which plan stream only repeats what it reads
-constexpr double kLeastGemmRows = 8;    // two take MKL as long, but on a Xeon; one is another routine
-constexpr int64_t kMostPairRows = 256;  // beyond which torch's product of bfloat16 pairs is slower than tiles
+constexpr double kAlign = 16;             // forward, few rows of a product take as long as so many
+constexpr double kBackwardAlign = 8;      // backward, likewise
+constexpr double kDotEnd = 64;            // multiply-adds in the time that it takes to end a dot product
+constexpr double kDotLength = 512;        // of long ones, which are taken in pieces
+constexpr int64_t kMostStreamRows = 8;    // backward, beyond which plan stream only repeats what it reads
+constexpr double kLeastGemmRows = 8;      // two take MKL as long, but on a Xeon; one is another routine
+constexpr int64_t kMostSlimRows = 32;     // that MKL adds to dP in one go, whatever its size
+constexpr double kSlimBytes = 8 << 20;    // of dP, up to which it adds more rows in one go
+constexpr double kMostBytes = 128 << 20;  // of dP, beyond which it never does
+constexpr int64_t kMostPairRows = 256;    // beyond which torch's product of bfloat16 pairs is slower than tiles
 constexpr Plan kPlans[] = {Plan::expand, Plan::fold, Plan::stream, Plan::fold_gemm, Plan::expand_gemm};
 
 /// Whether torch's matrix product keeps the kernels' promise: full products, where torch's user has allowed it less in
@@ -133,6 +137,12 @@ bool possible(const ManifoldLinearParams& p, Pass pass, Plan plan) {
     default:
       return true;
   }
+}
+
+/// Whether MKL writes dP more than once, as it does on a Xeon.
+bool gemm_writes_twice(const ManifoldLinearParams& p) {
+  const double bytes = double(p.num_basis * p.out_features * p.in_features) * (p.dtype == DType::float64 ? 8 : 4);
+  return kind() == Kind::xeon && !p.index && bytes > (p.rows() > kMostSlimRows ? kSlimBytes : kMostBytes);
 }
 
 double multiplied_by_gemm(double rows) {
@@ -180,7 +190,9 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
         once = 3 * cost.call;
         break;
       }
-      element += products * (multiplied_by_gemm(rows) * terms * cost.gemm + points * cost.pack);
+      element += products * multiplied_by_gemm(rows) * terms * cost.gemm;
+      element += points * (backward ? products * cost.packed : cost.turned);
+      if (backward && gemm_writes_twice(p)) element += points * cost.once;
       once = segment_calls;
       break;
   }
