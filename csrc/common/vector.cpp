@@ -172,6 +172,18 @@ class Ops final : public VectorOps<T> {
     }
   }
 
+  void mix_last_rows(int64_t rows, int64_t cols, int64_t stride, const A* product, const A* c, const A* sum,
+                     T* const* to) const override {
+    for (int64_t r = 0; r < rows; ++r, product += stride, sum += sum ? stride : 0) {
+      int64_t n = by_registers(cols, [&](int64_t n) {
+        Register<A> value = load(product + n) * c[r];
+        if (sum) value += load(sum + n);
+        store(value, to[r] + n);
+      });
+      for (; n < cols; ++n) to[r][n] = rounded<T>(product[n] * c[r] + (sum ? sum[n] : A(0)));
+    }
+  }
+
   void dot_rows(int64_t rows, int64_t cols, int64_t stride, const A* product, const T* const* x,
                 A* out) const override {
     for (int64_t r = 0; r < rows; ++r) out[r] = x[r] ? wide_dot(cols, product + r * stride, x[r]) : A(0);

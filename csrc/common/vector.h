@@ -69,6 +69,9 @@ class VectorOps {
   /// sum[r][n] = or += c[r] product[r][n]
   virtual void mix_rows(int64_t rows, int64_t cols, int64_t stride, const A* product, const A* c, A* sum,
                         bool add) const = 0;
+  /// to[r][n] = T(sum[r][n] + c[r] product[r][n]); no sum if null
+  virtual void mix_last_rows(int64_t rows, int64_t cols, int64_t stride, const A* product, const A* c, const A* sum,
+                             T* const* to) const = 0;
   /// out[r] = sum_n product[r][n] x[r][n]
   virtual void dot_rows(int64_t rows, int64_t cols, int64_t stride, const A* product, const T* const* x,
                         A* out) const = 0;

@@ -30,6 +30,7 @@ class ExpandBackward {
       : q_(q),
         p_(q.p),
         rows_(q.p, depth_alignment<T>()),
+        coefficients_(q.p, rows_),
         in_tiles_(ceil_div(p_.in_features, kTile)),
         out_tiles_(ceil_div(p_.out_features, kTile)) {}
 
@@ -38,8 +39,8 @@ class ExpandBackward {
     partial_ = partial.data();
     if (q_.grad_input || q_.grad_coeff) {
       const View factors = q_.grad_coeff ? p_.input : View{};
-      RowsPass<T>(p_, rows_, {p_.output, p_.out_features, q_.grad_input, p_.in_features, {}, factors, false}, partial_)
-          .run();
+      const RowsOperands of{p_.output, p_.out_features, q_.grad_input, p_.in_features, {}, factors, false};
+      RowsPass<T>(p_, rows_, coefficients_, of, partial_).run();
     }
     if (q_.grad_basis || q_.grad_bias) p_.rows() <= mixed_rows() ? manifold_linear_stream_outer<T>(q_) : outer_pass();
     if (q_.grad_coeff) finish_coeff();
@@ -163,7 +164,7 @@ class ExpandBackward {
       const int64_t l = rows_.entry(int64_t(s), k);
       const int64_t begin = std::max(segment.first, start), end = std::min(segment.end, start + stretch());
       if (l >= p_.num_local || begin >= end) continue;
-      rows_.coefficients(begin, end - begin, l, c + begin);
+      std::copy_n(coefficients_.at(l, begin), end - begin, c + begin);
       if (!ranges.empty() && ranges.back().second == begin) {
         ranges.back().second = end;
       } else {
@@ -241,6 +242,7 @@ class ExpandBackward {
   const ManifoldLinearBackwardParams& q_;
   const ManifoldLinearParams& p_;
   const RowOrder rows_;
+  const Coefficients<A> coefficients_;
   const int64_t in_tiles_, out_tiles_;
   A* partial_ = nullptr;
 };

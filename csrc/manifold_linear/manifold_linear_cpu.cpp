@@ -29,6 +29,7 @@ class Expand {
   explicit Expand(const ManifoldLinearParams& p)
       : p_(p),
         rows_(p, row_alignment<T>()),
+        coefficients_(p, rows_),
         tiles_(rows_.tiles(kNarrowTile)),
         out_tiles_(ceil_div(p.out_features, kTile)),
         depth_(packed_depth<T>(p.in_features)),
@@ -104,7 +105,7 @@ class Expand {
     const Scratch<A> products(count * area), sums(count * area);
     const Scratch<T> copy(copies() ? kTile * copy_stride() : 0);
     std::array<bool, kBlock> started = {};
-    A c[kNarrowTile], bias[kTile];
+    A bias[kTile];
     for (int64_t k = 0; k < p_.num_basis; ++k) {
       std::array<int64_t, kBlock> used;
       int64_t uses = 0;
@@ -122,7 +123,7 @@ class Expand {
           A* const product = products.data() + i * area;
           multiply(outs, width, depth, basis, panels + i * panel_ + d * kNarrowTile, product, d > 0);
           if (d + kDepth < p_.in_features) continue;
-          rows_.coefficients(tile.first, width, rows_.entry(tile.segment, k), c);
+          const A* const c = coefficients_.at(rows_.entry(tile.segment, k), tile.first);
           vectors<T>().mix_columns(outs, width, kNarrowTile, product, c, p_.bias ? bias : nullptr,
                                    sums.data() + i * area, started[i]);
           started[i] = true;
@@ -140,6 +141,7 @@ class Expand {
 
   const ManifoldLinearParams& p_;
   const RowOrder rows_;
+  const Coefficients<A> coefficients_;
   const std::vector<RowTile> tiles_;
   const int64_t out_tiles_, depth_, panel_;
 };
@@ -162,7 +164,9 @@ void manifold_linear_forward_cpu(const ManifoldLinearParams& p) {
     if (plan == Plan::stream) return manifold_linear_stream_forward<T>(p);
     if (!rows_are_left<T>(p)) return Expand<T>(p).run();
     const RowOrder rows(p, depth_alignment<T>());
-    RowsPass<T>(p, rows, {p.input, p.in_features, p.output, p.out_features, p.bias, {}, true}, nullptr).run();
+    const Coefficients<acc_t<T>> coefficients(p, rows);
+    RowsPass<T>(p, rows, coefficients, {p.input, p.in_features, p.output, p.out_features, p.bias, {}, true}, nullptr)
+        .run();
   });
 }
 

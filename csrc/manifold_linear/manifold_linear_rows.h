@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/parallel.h"
 #include "common/prefetch.h"
 #include "common/scratch.h"
 #include "common/tile_product.h"
@@ -69,16 +70,6 @@ class RowOrder {
   /// Which coefficient of a segment's rows belongs to basis point k; L or more if none does.
   int64_t entry(int64_t segment, int64_t k) const { return p_.entry_from(segments_[segment].first_basis, k); }
 
-  /// The l-th coefficient of the rows at `count` positions.
-  template <class A>
-  void coefficients(int64_t first, int64_t count, int64_t l, A* c) const {
-    const int64_t T = p_.tokens;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = row_[first + i];
-      c[i] = row < 0 ? A(0) : *p_.coeff.template at<A>(T == 1 ? row : row / T, l);
-    }
-  }
-
   /// Pointers to the elements from `col` on of the rows of x or g at `count` positions; null for an empty one.
   template <class T>
   void pointers(const View& matrix, int64_t first, int64_t count, int64_t col, T** rows) const {
@@ -103,6 +94,32 @@ class RowOrder {
   std::vector<Segment> segments_;
   std::vector<int64_t> row_, position_;  // row at a position, or -1; position of a row
   bool in_place_;
+};
+
+/// The coefficients of rows in their order, those of one l side by side; zeros at empty positions.
+template <class A>
+class Coefficients {
+ public:
+  Coefficients(const ManifoldLinearParams& p, const RowOrder& rows)
+      : positions_(rows.positions()), c_(p.num_local * positions_) {
+    constexpr int64_t many = 64;  // positions whose coefficients stay in cache meanwhile
+    parallel(ceil_div(positions_, many), 2e-9 * double(many * p.num_local), [&](int64_t block) {
+      const int64_t begin = block * many, end = std::min(begin + many, positions_);
+      for (int64_t l = 0; l < p.num_local; ++l) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t row = rows.row(i);
+          c_[l * positions_ + i] = row < 0 ? A(0) : *p.coeff.at<A>(p.tokens == 1 ? row : row / p.tokens, l);
+        }
+      }
+    });
+  }
+
+  /// The l-th ones from a position on.
+  const A* at(int64_t l, int64_t position) const { return &c_[l * positions_ + position]; }
+
+ private:
+  const int64_t positions_;
+  const Scratch<A> c_;
 };
 
 /// The alignment of segments whose rows are columns of B: AMX multiplies tiles of 16 columns no faster than those of

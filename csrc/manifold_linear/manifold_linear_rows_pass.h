@@ -36,9 +36,11 @@ class RowsPass {
 
  public:
   /// `dots` are partial sums of dc, [tile of columns, L, position], if there are factors.
-  RowsPass(const ManifoldLinearParams& p, const RowOrder& rows, const RowsOperands& operands, A* dots)
+  RowsPass(const ManifoldLinearParams& p, const RowOrder& rows, const Coefficients<A>& coefficients,
+           const RowsOperands& operands, A* dots)
       : p_(p),
         rows_(rows),
+        coefficients_(coefficients),
         of_(operands),
         dots_(dots),
         tiles_(rows.tiles(kTile)),
@@ -59,11 +61,12 @@ class RowsPass {
     }
     const Tile<T> left = in_place ? Tile<T>{of_.rows.at<T>(0), of_.rows.stride[0]} : Tile<T>{copy.data(), depth};
     const int64_t blocks = ceil_div(int64_t(tiles_.size()), kBlock);
-    const int64_t jobs = ceil_div(col_tiles_, wide_) * blocks;
+    const int64_t wides = ceil_div(col_tiles_, wide_);
     const double seconds = 2e-11 * double(of_.depth * kTile * wide_) * double(std::min(kBlock * kTile, positions));
-    parallel_ranges(jobs, seconds, [&](int64_t begin, int64_t end) {
+    // A block's rows stay in cache while all of P passes by.
+    parallel_ranges(blocks * wides, seconds, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t col_tile = i / blocks * wide_, first = i % blocks * kBlock;
+        const int64_t first = i / wides * kBlock, col_tile = i % wides * wide_;
         block(left, !in_place,
               {col_tile, std::min(wide_, col_tiles_ - col_tile), first,
                std::min(kBlock, int64_t(tiles_.size()) - first)});
@@ -83,32 +86,33 @@ class RowsPass {
     const int64_t kept = of_.depth > kDepth ? b.count : 1;  // products that wait for the rest of their depth
     const Scratch<T> panels(b.wide * kTile * packed_depth<T>(std::min(kDepth, of_.depth)));
     const Scratch<A> products(kept * area), sums(of_.mixed ? b.count * area : 0);
+    const auto uses = [&](int64_t i, int64_t k) { return rows_.entry(tiles_[b.first + i].segment, k) < p_.num_local; };
     std::array<bool, kBlock> started = {};
+    std::array<int64_t, kBlock> last = {};  // basis point
+    for (int64_t k = 0; k < p_.num_basis; ++k)
+      for (int64_t i = 0; i < b.count; ++i)
+        if (uses(i, k)) last[i] = k;
     for (int64_t k = 0; k < p_.num_basis; ++k) {
-      const auto uses = [&](int64_t i) { return rows_.entry(tiles_[b.first + i].segment, k) < p_.num_local; };
       int64_t used = 0;
-      for (int64_t i = 0; i < b.count; ++i) used += uses(i) ? tiles_[b.first + i].count : 0;
+      for (int64_t i = 0; i < b.count; ++i) used += uses(i, k) ? tiles_[b.first + i].count : 0;
       if (used == 0) continue;
       // A tile of P that is read once or twice is not worth packing, unless it must be.
       const bool packed = of_.transposed || interleaved<T>() || b.wide > 1 || used > kNarrowTile;
       for (int64_t d = 0; d == 0 || d < of_.depth; d += kDepth) {
         if (packed) pack(k, d, std::min(kDepth, of_.depth - d), b, panels.data());
         for (int64_t i = 0; i < b.count; ++i) {
-          if (!uses(i)) continue;
+          if (!uses(i, k)) continue;
           const RowTile& tile = tiles_[b.first + i];
           const int64_t height = copied ? rows_.padded(tile.count) : tile.count;  // empty positions, where they exist
           A* const product = products.data() + i % kept * area;
           multiply(height, k, d, b, {left.data + tile.first * left.stride + d, left.stride},
                    packed ? panels.data() : nullptr, product);
           if (d + kDepth < of_.depth) continue;
-          use(tile, k, b, product, sums.data() + i * area, started[i]);
+          use(tile, k, b, product, sums.data() + i * area, started[i], k == last[i]);
           started[i] = true;
         }
       }
     }
-    for (int64_t i = 0; i < b.count && of_.mixed; ++i)
-      for (int64_t w = 0; w < b.wide; ++w)
-        store(tiles_[b.first + i], b.col_tile + w, sums.data() + i * area + w * kTile * kTile);
   }
 
   /// The products of rows with a block's tiles of P_k, from d on along their depth.
@@ -161,16 +165,24 @@ class RowsPass {
     for (int64_t r = 1; r < rows; ++r) std::copy_n(product, cols, product + r * kTile);
   }
 
-  /// Mixes a row tile's products with basis point k into its sums, and multiplies them by factors.
-  void use(const RowTile& tile, int64_t k, const Block& b, const A* products, A* sums, bool add) const {
+  /// Mixes a row tile's products with basis point k into its sums, the last of which are results, and multiplies them
+  /// by factors.
+  void use(const RowTile& tile, int64_t k, const Block& b, const A* products, A* sums, bool add, bool last) const {
     const int64_t l = rows_.entry(tile.segment, k);
-    std::array<A, kTile> c, dot;
+    const A* const c = coefficients_.at(l, tile.first);
+    std::array<A, kTile> dot;
     std::array<const T*, kTile> factors;
-    rows_.coefficients(tile.first, tile.count, l, c.data());
+    std::array<T*, kTile> mixed;
     for (int64_t w = 0; w < b.wide; ++w) {
       const A* const product = products + w * kTile * kTile;
       const int64_t cols = tile_size(b.col_tile + w, of_.cols);
-      if (of_.mixed) vectors<T>().mix_rows(tile.count, cols, kTile, product, c.data(), sums + w * kTile * kTile, add);
+      A* const sum = sums + w * kTile * kTile;
+      if (of_.mixed && last) {
+        rows_.pointers(of_.mixed, tile.first, tile.count, (b.col_tile + w) * kTile, mixed.data());
+        vectors<T>().mix_last_rows(tile.count, cols, kTile, product, c, add ? sum : nullptr, mixed.data());
+      } else if (of_.mixed) {
+        vectors<T>().mix_rows(tile.count, cols, kTile, product, c, sum, add);
+      }
       if (!of_.factors) continue;
       rows_.pointers(of_.factors, tile.first, tile.count, (b.col_tile + w) * kTile, factors.data());
       vectors<T>().dot_rows(tile.count, cols, kTile, product, factors.data(), dot.data());
@@ -179,14 +191,9 @@ class RowsPass {
     }
   }
 
-  void store(const RowTile& tile, int64_t col_tile, const A* sum) const {
-    std::array<T*, kTile> to;
-    rows_.pointers(of_.mixed, tile.first, tile.count, col_tile * kTile, to.data());
-    for (int64_t r = 0; r < tile.count; ++r) vectors<T>().narrow(tile_size(col_tile, of_.cols), sum + r * kTile, to[r]);
-  }
-
   const ManifoldLinearParams& p_;
   const RowOrder& rows_;
+  const Coefficients<A>& coefficients_;
   const RowsOperands of_;
   A* const dots_;
   const std::vector<RowTile> tiles_;
