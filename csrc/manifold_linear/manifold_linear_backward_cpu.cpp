@@ -21,6 +21,9 @@ class ExpandBackward {
   using Segment = RowOrder::Segment;
   static constexpr int64_t kDepth = 256;  // rows of x packed at a time
   static constexpr int64_t kPackedBytes = int64_t(8) << 20;
+  static constexpr int64_t kCachedPanelBytes = int64_t(1) << 20;
+  static constexpr int64_t kScaledBytes = int64_t(1) << 20;
+  static constexpr int64_t kPieceBytes = int64_t(1) << 19;
   static constexpr int64_t kStretch = 1024;
   static constexpr int64_t kCached = int64_t(1) << 18;  // elements of dP
   static constexpr int64_t kFewRows = 256;
@@ -99,8 +102,19 @@ class ExpandBackward {
   }
   /// Rows of a piece: of one that is read so many that a tile is 4 KiB.
   int64_t strip() const { return read() ? 4096 / (kTile * int64_t(sizeof(T))) : kTile; }
+  int64_t panel_bytes() const { return rows_.positions() * kTile * int64_t(sizeof(Operand)); }
+  /// Whether panels of x do not stay in cache until the next basis point.
+  bool panels_from_memory() const { return in_tiles_ * panel_bytes() > kCachedPanelBytes; }
+  /// Basis points whose c g are kept side by side: of panels that come from memory many, each of which they all meet.
+  int64_t scaled_points() const {
+    if (!panels_from_memory()) return 1;
+    return std::clamp<int64_t>(kScaledBytes / (kTile * stride() * int64_t(sizeof(Operand))), 1, p_.num_basis);
+  }
   /// Tiles of a piece: of sums beside dP several, so that it is written in long rows.
-  int64_t wide() const { return kInPlace || read() ? 1 : 8; }
+  int64_t wide() const {
+    if (kInPlace || read()) return 1;
+    return panels_from_memory() ? std::clamp<int64_t>(kPieceBytes / panel_bytes(), 1, 8) : 8;
+  }
   /// Distance of their rows, off powers of two.
   int64_t sum_stride() const { return wide() * kTile + 16; }
   /// Positions that an outer product is summed over at a time: so many that the operands stay in cache, or all where
@@ -125,27 +139,36 @@ class ExpandBackward {
     }
   }
 
+  using Ranges = std::vector<std::pair<int64_t, int64_t>>;
+
   void expanded_outer(int64_t out_tile, int64_t first, int64_t count, const Operand* x) const {
     const int64_t outs = tile_size(out_tile, p_.out_features), positions = rows_.positions(), K = p_.num_basis;
     const Scratch<A> grad(kTile * stride()), c(positions), sum(kInPlace ? 0 : kTile * sum_stride()), bias(K * kTile);
-    const Scratch<Operand> scaled(kTile * stride());
+    const Scratch<Operand> scaled(scaled_points() * kTile * stride());
+    std::vector<Ranges> ranges(scaled_points());
     std::fill_n(bias.data(), K * kTile, A(0));
     for (int64_t start = 0; start < positions; start += stretch()) {
       transpose_grad(out_tile, start, grad.data());
-      for (int64_t k = 0; k < K; ++k) {
-        const auto ranges = positions_of(k, start, c.data());
-        for (const auto& [begin, end] : ranges) {
-          for (int64_t o = 0; o < outs; ++o) {
-            const A* const g = &grad[o * stride() + begin - start];
-            vectors<Operand>().scale(end - begin, &c[begin], g, &scaled[o * stride() + begin - start]);
-            if (q_.grad_bias && first == 0) bias[k * kTile + o] += vectors<A>().dot(end - begin, &c[begin], g);
+      for (int64_t from = 0; from < K; from += scaled_points()) {
+        const int64_t points = std::min(scaled_points(), K - from);
+        const auto scaled_row = [&](int64_t k, int64_t o) { return &scaled[((k - from) * kTile + o) * stride()]; };
+        for (int64_t k = from; k < from + points; ++k) {
+          ranges[k - from] = positions_of(k, start, c.data());
+          for (const auto& [begin, end] : ranges[k - from]) {
+            for (int64_t o = 0; o < outs; ++o) {
+              const A* const g = &grad[o * stride() + begin - start];
+              vectors<Operand>().scale(end - begin, &c[begin], g, scaled_row(k, o) + begin - start);
+              if (q_.grad_bias && first == 0) bias[k * kTile + o] += vectors<A>().dot(end - begin, &c[begin], g);
+            }
           }
         }
         for (int64_t o = 0; o < outs && q_.grad_basis; o += strip()) {
           for (int64_t i = 0; i < count; i += wide()) {
-            const Piece piece{k, out_tile * kTile + o, std::min(strip(), outs - o), first + i,
-                              std::min(wide(), count - i)};
-            outer_products(piece, start, ranges, &scaled[o * stride()], x + i * positions * kTile, sum.data());
+            for (int64_t k = from; k < from + points; ++k) {
+              const Piece piece{k, out_tile * kTile + o, std::min(strip(), outs - o), first + i,
+                                std::min(wide(), count - i)};
+              outer_products(piece, start, ranges[k - from], scaled_row(k, o), x + i * positions * kTile, sum.data());
+            }
           }
         }
       }
@@ -153,8 +176,6 @@ class ExpandBackward {
     for (int64_t k = 0; k < K && q_.grad_bias && first == 0; ++k)
       vectors<T>().narrow(outs, &bias[k * kTile], q_.grad_bias.at<T>(k, out_tile * kTile));
   }
-
-  using Ranges = std::vector<std::pair<int64_t, int64_t>>;
 
   /// The positions from `start` on whose samples use basis point k, as few ranges, and their coefficients.
   Ranges positions_of(int64_t k, int64_t start, A* c) const {
