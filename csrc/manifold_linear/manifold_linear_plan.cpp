@@ -104,9 +104,9 @@ constexpr double kDotEnd = 64;            // multiply-adds in the time that it t
 constexpr double kDotLength = 512;        // of long ones, which are taken in pieces
 constexpr int64_t kMostStreamRows = 8;    // backward, beyond which plan stream only repeats what it reads
 constexpr double kLeastGemmRows = 8;      // two take MKL as long, but on a Xeon; one is another routine
-constexpr int64_t kMostSlimRows = 32;     // that MKL adds to dP in one go, whatever its size
+constexpr int64_t kMostSlimRows = 32;     // that MKL adds to dP in one go
 constexpr double kSlimBytes = 8 << 20;    // of dP, up to which it adds more rows in one go
-constexpr double kMostBytes = 128 << 20;  // of dP, beyond which it never does
+constexpr double kMostBytes = 128 << 20;  // of a new dP, beyond which it never does
 constexpr int64_t kMostPairRows = 256;    // beyond which torch's product of bfloat16 pairs is slower than tiles
 constexpr Plan kPlans[] = {Plan::expand, Plan::fold, Plan::stream, Plan::fold_gemm, Plan::expand_gemm};
 
@@ -140,9 +140,10 @@ bool possible(const ManifoldLinearParams& p, Pass pass, Plan plan) {
 }
 
 /// Whether MKL writes dP more than once, as it does on a Xeon.
-bool gemm_writes_twice(const ManifoldLinearParams& p) {
+bool gemm_writes_twice(const ManifoldLinearParams& p, Pass pass) {
   const double bytes = double(p.num_basis * p.out_features * p.in_features) * (p.dtype == DType::float64 ? 8 : 4);
-  return kind() == Kind::xeon && !p.index && bytes > (p.rows() > kMostSlimRows ? kSlimBytes : kMostBytes);
+  if (kind() != Kind::xeon || p.index || bytes <= kSlimBytes) return false;
+  return p.rows() > kMostSlimRows || (pass == Pass::backward && bytes > kMostBytes);
 }
 
 double multiplied_by_gemm(double rows) {
@@ -192,7 +193,7 @@ double seconds(const ManifoldLinearParams& p, Pass pass, Plan plan) {
       }
       element += products * multiplied_by_gemm(rows) * terms * cost.gemm;
       element += points * (backward ? products * cost.packed : cost.turned);
-      if (backward && gemm_writes_twice(p)) element += points * cost.once;
+      if (backward && gemm_writes_twice(p, pass)) element += points * cost.once;
       once = segment_calls;
       break;
   }
